@@ -1,0 +1,34 @@
+"""Operations for multi-token prediction with mask tokens. `ops` is the contract; `reference` is its specification."""
+
+from mtp_kernels.ops import (
+    accept,
+    attention,
+    gated_lora_linear,
+    linear_cross_entropy,
+    rms_norm,
+    rotary_embedding,
+    rotary_frequencies,
+    rotary_tables,
+    sampler_draft,
+    sampler_hidden,
+    swiglu,
+)
+from mtp_kernels.types import AttentionRule, SamplerWeights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionRule",
+    "SamplerWeights",
+    "accept",
+    "attention",
+    "gated_lora_linear",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rotary_embedding",
+    "rotary_frequencies",
+    "rotary_tables",
+    "sampler_draft",
+    "sampler_hidden",
+    "swiglu",
+]

@@ -1,0 +1,335 @@
+"""The contract: what each operation computes, on which shapes and dtypes, and how it fails.
+
+Every function checks its arguments and raises ValueError saying what was passed and what is accepted, then calls an
+implementation. `reference` (plain PyTorch, any device) is the one there is; `implementation=` names it explicitly.
+
+Dimensions: T rows of each of B sequences (NTP rows first, masks after), H query heads, H_kv key heads (H a multiple of
+H_kv), D head size, S columns of the K/V cache, d hidden size, V vocabulary, R LoRA rank, k masks per block.
+Floating dtypes: float32, float16, bfloat16; all floating arguments of a call share one dtype and one device.
+"""
+
+import torch
+from torch import Tensor
+
+from mtp_kernels import reference
+from mtp_kernels.types import AttentionRule, SamplerWeights
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_RANK = 512
+IMPLEMENTATIONS = {"reference": reference}
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def _implementation(name: str | None):
+    if name is None:
+        return reference
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation is {name!r}; accepted are {sorted(IMPLEMENTATIONS)} or None")
+    return IMPLEMENTATIONS[name]
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tensor.shape != expected:
+        raise ValueError(f"{name} has shape {_shape(tensor)}; accepted is {meaning} = {tuple(expected)}")
+
+
+def _check_floating(first_name: str, first: Tensor, **others: Tensor | None) -> None:
+    dtype, device = first.dtype, first.device
+    if dtype not in DTYPES:
+        raise ValueError(f"{first_name} has dtype {dtype}; accepted are {', '.join(map(str, DTYPES))}")
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype} and {first_name} {dtype}; accepted is one dtype for both")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and {first_name} on {device}; accepted is one device for both")
+
+
+def _check_integer(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} has dtype {tensor.dtype}; accepted are torch.int32 and torch.int64")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; accepted is the other arguments' device, {device}")
+
+
+def gated_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    gate: int | Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    splits: tuple[int, ...] | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """y = x W^T (+ b) (+ residual) + gate * scale * (x A^T) B^T (arXiv 2507.11851, section 2.2).
+
+    A row whose gate is off *skips* the adapter: its bits are those of the layer without one.
+
+    x: (..., K). weight: (N, K). bias: (N,). residual: (..., N). Returns (..., N).
+    splits: sizes (N_1, ..., N_G) of G projections stacked in `weight`, each with an adapter of its own; default (N,).
+    lora_a: (G * R, K), the projections' A one below the other. lora_b: (N, R), likewise. R from 1 to 512.
+    gate: None: off everywhere. int m: with the leading dimensions flattened, rows [0, m) are off and rows [m, M) on.
+        Boolean tensor of x's leading shape: on where True.
+
+    Differentiable in x, weight, lora_a, lora_b, bias, residual. Raises ValueError for shapes, dtypes, devices, ranks or
+    gates other than these.
+    """
+    module = _implementation(implementation)
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x has shape {_shape(x)} and weight {_shape(weight)}; accepted are x (..., K) and weight (N, K)")
+    n, k = weight.shape
+    _check_floating("x", x, weight=weight, lora_a=lora_a, lora_b=lora_b, bias=bias, residual=residual)
+    if bias is not None:
+        _check_shape("bias", bias, (n,), "(N,)")
+    if residual is not None:
+        _check_shape("residual", residual, (*x.shape[:-1], n), "x's leading shape with N")
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError("one of lora_a and lora_b is None; accepted are both or neither")
+    if gate is not None and lora_a is None:
+        raise ValueError("a gate was passed without lora_a and lora_b; accepted is a gate together with an adapter")
+    if lora_a is not None:
+        groups = 1 if splits is None else len(splits)
+        if splits is not None and (sum(splits) != n or min(splits, default=0) < 1):
+            raise ValueError(f"splits is {splits}; accepted are positive sizes that add up to N = {n}")
+        rank = lora_b.shape[-1]
+        if lora_b.ndim != 2 or not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"lora_b has shape {_shape(lora_b)}; accepted is (N, R) with R from 1 to {MAX_RANK}")
+        _check_shape("lora_b", lora_b, (n, rank), "(N, R)")
+        _check_shape("lora_a", lora_a, (groups * rank, k), "(G * R, K)")
+    if isinstance(gate, Tensor):
+        if gate.dtype != torch.bool or gate.shape != x.shape[:-1] or gate.device != x.device:
+            raise ValueError(
+                f"gate has shape {_shape(gate)}, dtype {gate.dtype} on {gate.device}; accepted is a boolean tensor of "
+                f"x's leading shape {_shape(x)[:-1]} on {x.device}, an int, or None"
+            )
+    elif gate is not None:
+        rows = x.numel() // k if k else 0
+        if isinstance(gate, bool) or not isinstance(gate, int) or not 0 <= gate <= rows:
+            raise ValueError(f"gate is {gate!r}; accepted is an int from 0 to the number of rows ({rows}), a boolean tensor, or None")
+    return module.gated_lora_linear(
+        x, weight, lora_a, lora_b, gate, scale=scale, splits=splits, bias=bias, residual=residual
+    )  # fmt: skip
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: AttentionRule,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """softmax(scale * q K^T) V over the keys that `rule` allows each row (arXiv 2507.11851, Fig. 4).
+
+    q: (T, B, H, D), NTP rows first, then the rule's masks. k, v: (B, H_kv, S, D): column i holds the NTP key of position
+    i, columns `rule.mask_start[b] + j` the keys of this pass's mask rows. scale: default D ** -0.5. Returns (T, B, H, D).
+    Query head h reads key head h // (H / H_kv). Softmax and sums are in float32. Every row must be allowed a key.
+
+    Differentiable in q, k, v. Raises ValueError for shapes, dtypes or devices other than these; the *values* in the rule
+    are not checked.
+    """
+    module = _implementation(implementation)
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(f"q has shape {_shape(q)} and k {_shape(k)}; accepted are q (T, B, H, D) and k (B, H_kv, S, D)")
+    t, b, h, d = q.shape
+    _check_shape("k", k, (b, k.shape[1], k.shape[2], d), "(B, H_kv, S, D)")
+    _check_shape("v", v, tuple(k.shape), "k's shape")
+    if not k.shape[1] or h % k.shape[1]:
+        raise ValueError(f"q has {h} heads and k {k.shape[1]}; accepted is a number of query heads that is a multiple of the key heads")
+    _check_floating("q", q, k=k, v=v)
+    _check_shape("rule.visible", rule.visible, (t, b), "(T, B)")
+    _check_shape("rule.block", rule.block, (t,), "(T,)")
+    _check_shape("rule.slot", rule.slot, (t,), "(T,)")
+    _check_shape("rule.mask_start", rule.mask_start, (b,), "(B,)")
+    for name in ("visible", "block", "slot", "mask_start"):
+        _check_integer(f"rule.{name}", getattr(rule, name), q.device)
+    if not 0 <= rule.num_masks <= t:
+        raise ValueError(f"rule.num_masks is {rule.num_masks}; accepted is 0 to T = {t}")
+    if not 1 <= rule.num_keys <= k.shape[2]:
+        raise ValueError(f"rule.num_keys is {rule.num_keys}; accepted is 1 to S = {k.shape[2]}")
+    return module.attention(q, k, v, rule, scale=scale)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None, *, implementation: str | None = None
+):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension; with `residual`, x is `x + residual` throughout.
+
+    x, residual: (..., d). weight: (d,). Returns y (..., d), or the pair (y, x + residual) when a residual is passed.
+    The mean is taken in float32. Differentiable in x, weight, residual. Raises ValueError for other shapes, dtypes, devices.
+    """
+    module = _implementation(implementation)
+    _check_shape("weight", weight, tuple(x.shape[-1:]), "(d,), x's last dimension,")
+    _check_floating("x", x, weight=weight, residual=residual)
+    if residual is not None:
+        _check_shape("residual", residual, tuple(x.shape), "x's shape")
+    return module.rms_norm(x, weight, eps, residual)
+
+
+def rotary_frequencies(head_dim: int, theta: float = 10000.0, scaling: dict | None = None) -> Tensor:
+    """Rotary frequencies, (D / 2,) float32: theta ** (-2 i / D), then scaled (Su et al. 2021; Llama 3.1 for "llama3").
+
+    scaling: None or a Hugging Face `rope_scaling` / `rope_parameters` dict whose `rope_type` is "default", "linear"
+    (needs `factor`) or "llama3" (needs `factor`, `low_freq_factor`, `high_freq_factor`,
+    `original_max_position_embeddings`). Raises ValueError for an odd head size, another type, or a missing key.
+    """
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}; accepted is a positive even number")
+    if scaling is not None:
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        needed = {"default": (), "linear": ("factor",)}.get(
+            kind, ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        )
+        if kind not in ROPE_TYPES:
+            raise ValueError(f"rope type is {kind!r}; accepted are {', '.join(ROPE_TYPES)}")
+        missing = [key for key in needed if key not in scaling]
+        if missing:
+            raise ValueError(f"rope type {kind!r} lacks {', '.join(missing)}; passed were {sorted(scaling)}")
+    return reference.rotary_frequencies(head_dim, theta, scaling)
+
+
+def rotary_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, each positions.shape + (D / 2,), computed in float32 and returned in `dtype`."""
+    _check_integer("positions", positions, frequencies.device)
+    if frequencies.ndim != 1:
+        raise ValueError(f"frequencies has shape {_shape(frequencies)}; accepted is (D / 2,)")
+    return reference.rotary_tables(positions, frequencies, dtype)
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, implementation: str | None = None) -> Tensor:
+    """Rotate each head: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the halves of D (Llama's layout).
+
+    x: (..., H, D). cos, sin: (..., D / 2), see `rotary_tables`. Returns x's shape. Differentiable in x.
+    Raises ValueError for other shapes, dtypes or devices.
+    """
+    module = _implementation(implementation)
+    if x.ndim < 2 or x.shape[-1] % 2:
+        raise ValueError(f"x has shape {_shape(x)}; accepted is (..., H, D) with even D")
+    expected = (*x.shape[:-2], x.shape[-1] // 2)
+    _check_shape("cos", cos, expected, "(..., D / 2)")
+    _check_shape("sin", sin, expected, "(..., D / 2)")
+    _check_floating("x", x, cos=cos, sin=sin)
+    return module.rotary_embedding(x, cos, sin)
+
+
+def swiglu(x: Tensor, *, implementation: str | None = None) -> Tensor:
+    """silu(g) * u for x = [g, u] side by side (Shazeer 2020).
+
+    x: (..., 2 F). Returns (..., F). Differentiable in x. Raises ValueError for an odd last dimension or another dtype.
+    """
+    module = _implementation(implementation)
+    if x.ndim < 1 or x.shape[-1] % 2:
+        raise ValueError(f"x has shape {_shape(x)}; accepted is (..., 2 F)")
+    _check_floating("x", x)
+    return module.swiglu(x)
+
+
+def _check_sampler(weights: SamplerWeights, d: int) -> None:
+    for name, tensor, expected in zip(
+        SamplerWeights._fields, weights, ((d, 2 * d), (d,), (d,), (d,), (d, d), (d,), (d,), (d,)), strict=True
+    ):
+        _check_shape(f"weights.{name}", tensor, expected, "its shape for this d")
+
+
+def sampler_hidden(
+    previous: Tensor, z: Tensor, weights: SamplerWeights, *, implementation: str | None = None
+) -> Tensor:
+    """LN(silu(W2 LN(silu(W1 [previous; z] + b1)) + b2)) (arXiv 2507.11851, section 2.3).
+
+    previous: (..., d), input embedding of the token before the predicted one. z: (..., d), the row's hidden state after
+    the final norm. Returns (..., d); its product with lm_head are the sampler's logits. Differentiable in everything.
+    Raises ValueError for other shapes, dtypes or devices.
+    """
+    module = _implementation(implementation)
+    _check_shape("previous", previous, tuple(z.shape), "z's shape")
+    _check_sampler(weights, z.shape[-1])
+    _check_floating("z", z, previous=previous, **weights._asdict())
+    return module.sampler_hidden(previous, z, weights)
+
+
+def sampler_draft(
+    z: Tensor,
+    first: Tensor,
+    embedding: Tensor,
+    weights: SamplerWeights,
+    lm_head: Tensor,
+    *,
+    implementation: str | None = None,
+) -> Tensor:
+    """Draft k tokens: token_0 = first; token_i = argmax(W_lm sampler_hidden(E[token_{i-1}], z_i)), i = 1..k.
+
+    z: (B, k, d), hidden states of one block's masks. first: (B,) integer, the verified token before them.
+    embedding, lm_head: (V, d). Returns (B, k) int64; the lowest id wins a tie. Not differentiable.
+    Raises ValueError for other shapes, dtypes or devices.
+    """
+    module = _implementation(implementation)
+    if z.ndim != 3:
+        raise ValueError(f"z has shape {_shape(z)}; accepted is (B, k, d)")
+    b, _, d = z.shape
+    _check_shape("first", first, (b,), "(B,)")
+    _check_integer("first", first, z.device)
+    _check_shape("embedding", embedding, (embedding.shape[0], d), "(V, d)")
+    _check_shape("lm_head", lm_head, (lm_head.shape[0], d), "(V, d)")
+    _check_sampler(weights, d)
+    _check_floating("z", z, embedding=embedding, lm_head=lm_head, **weights._asdict())
+    return module.sampler_draft(z, first, embedding, weights, lm_head)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    lm_head: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    chunk: int = 2048,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of softmax(hidden W_lm^T) against labels, `chunk` rows of logits alive at a time.
+
+    hidden: (..., d). lm_head: (V, d). labels: (...) int64, `ignore_index` where a row has none. Returns (loss, guess):
+    loss (...) float32 per row, 0 where ignored; guess (...) int64, the most likely token (lowest id on a tie).
+    Differentiable in hidden and lm_head. Raises ValueError for other shapes, dtypes, devices or a chunk below 1.
+    """
+    module = _implementation(implementation)
+    if lm_head.ndim != 2 or hidden.shape[-1:] != lm_head.shape[1:]:
+        raise ValueError(f"hidden has shape {_shape(hidden)} and lm_head {_shape(lm_head)}; accepted are (..., d) and (V, d)")
+    _check_shape("labels", labels, tuple(hidden.shape[:-1]), "hidden's leading shape")
+    if labels.dtype != torch.int64 or labels.device != hidden.device:
+        raise ValueError(f"labels are {labels.dtype} on {labels.device}; accepted is torch.int64 on {hidden.device}")
+    _check_floating("hidden", hidden, lm_head=lm_head)
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; accepted is 1 or more")
+    return module.linear_cross_entropy(hidden, lm_head, labels, ignore_index=ignore_index, chunk=chunk)
+
+
+def accept(
+    drafts: Tensor, predictions: Tensor, counts: Tensor | None = None, *, implementation: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The longest prefix of the drafts that the model itself would have written, and the token it writes next.
+
+    drafts: (B, k) integer, d_1..d_k. predictions: (B, k + 1) integer, y_0..y_k: what the model writes after the last
+    verified token and after each draft. counts: (B,) how many of a sequence's drafts are real; default all.
+    Returns (a, next), (B,) each: a = the largest count such that d_i == y_{i-1} for *all* i <= a (a match after a
+    mismatch counts for nothing), next = y_a. Raises ValueError for other shapes or dtypes.
+    """
+    module = _implementation(implementation)
+    if drafts.ndim != 2:
+        raise ValueError(f"drafts has shape {_shape(drafts)}; accepted is (B, k)")
+    b, k = drafts.shape
+    _check_shape("predictions", predictions, (b, k + 1), "(B, k + 1)")
+    _check_integer("drafts", drafts, predictions.device)
+    _check_integer("predictions", predictions, drafts.device)
+    if counts is not None:
+        _check_shape("counts", counts, (b,), "(B,)")
+        _check_integer("counts", counts, drafts.device)
+    return module.accept(drafts, predictions, counts)

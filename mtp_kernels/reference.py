@@ -1,0 +1,253 @@
+"""The specification: every function of `ops`, with its signature, in plain PyTorch.
+
+It is the oracle of the tests, the path taken on a CPU, and the eager baseline of the benchmarks. Arguments are taken as
+valid; `ops` checks them.
+
+Row independence. On a CPU in float32 with MKL, a row's result has the same bits however many rows stand beside it,
+provided that weights are stored input-major (`weight.t()` contiguous; `mtp_model` stores them so): MKL then sums over the
+input features in one fixed order for any number of rows from two up, and a single row is computed as two. Attention
+adds up values in pieces of `KEY_CHUNK` keys by absolute index for the same reason.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mtp_kernels.types import AttentionRule, SamplerWeights
+
+KEY_CHUNK = 256
+
+
+def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x W^T (+ b) (+ residual) for x of shape (M, K)."""
+    if x.shape[0] == 1 and x.device.type == "cpu":  # one row would take a matrix-vector routine, which sums differently
+        residual = None if residual is None else residual.expand(2, -1)
+        return _matmul(x.expand(2, -1), weight, bias, residual)[:1]
+    if residual is None:
+        return F.linear(x, weight, bias)
+    y = torch.addmm(residual, x, weight.t())
+    return y if bias is None else y + bias
+
+
+def _lora_groups(shrunk: Tensor, lora_b: Tensor, splits: tuple[int, ...]):
+    """For each projection: its rows of the output and of B, and its part of the shrunk input."""
+    rank, start = lora_b.shape[1], 0
+    for g, width in enumerate(splits):
+        yield slice(start, start + width), shrunk[:, g * rank : (g + 1) * rank], lora_b[start : start + width]
+        start += width
+
+
+def gated_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    gate: int | Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    splits: tuple[int, ...] | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    n = weight.shape[0]
+    rows = x.reshape(-1, x.shape[-1])
+    y = _matmul(rows, weight, bias, None if residual is None else residual.reshape(-1, n))
+    if lora_a is not None and gate is not None and rows.shape[0]:
+        splits = splits or (n,)
+        if isinstance(gate, Tensor):
+            on = gate.reshape(-1).nonzero().squeeze(1)
+            active = rows[on]
+        else:
+            on = None
+            active = rows[gate:]
+        if active.shape[0]:
+            shrunk = F.linear(active, lora_a)
+            groups = _lora_groups(shrunk, lora_b, splits)
+            if on is None and not (torch.is_grad_enabled() and (y.requires_grad or shrunk.requires_grad)):
+                for columns, s, b in groups:  # in place: gate-off rows are not touched
+                    y[gate:, columns].addmm_(s, b.t(), alpha=scale)
+            else:
+                delta = torch.cat([F.linear(s, b) for _, s, b in groups], dim=1) * scale
+                if on is not None:
+                    y = y.index_add(0, on, delta)
+                else:
+                    y = torch.cat([y[:gate], y[gate:] + delta]) if gate else y + delta
+    return y.view(*x.shape[:-1], n)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None):
+    if residual is not None:
+        x = x + residual
+    if x.dtype == torch.float32:
+        y = F.rms_norm(x, weight.shape, weight, eps)
+    else:  # normalised in float32, rounded, then weighted: the order of transformers' Llama
+        y = F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
+    return y if residual is None else (y, x)
+
+
+def rotary_frequencies(head_dim: int, theta: float = 10000.0, scaling: dict | None = None) -> Tensor:
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    kind = "default" if scaling is None else scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "linear":
+        return frequencies / scaling["factor"]
+    if kind == "llama3":
+        factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        wavelength = 2 * math.pi / frequencies
+        smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)  # 0: long waves, slowed; 1: short, kept
+        return (1 - smooth) * frequencies / factor + smooth * frequencies
+    return frequencies
+
+
+def rotary_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    angles = positions.unsqueeze(-1).float() * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    halves = x.unflatten(-1, (2, -1))
+    cos, sin = cos.unsqueeze(-2).unsqueeze(-2), torch.stack((-sin, sin), dim=-2).unsqueeze(-3)
+    return torch.addcmul(halves * cos, halves.flip(-2), sin).flatten(-2)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _additive(allowed: Tensor) -> Tensor:
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, -math.inf)
+
+
+def allowed_keys(rule: AttentionRule) -> Tensor:
+    """The rule as a dense boolean (B, T, num_keys): the oracle that layouts and kernels are held against."""
+    columns = torch.arange(rule.num_keys, device=rule.visible.device)
+    allowed = columns < rule.visible.t().unsqueeze(-1)
+    if rule.num_masks:
+        first = rule.visible.shape[0] - rule.num_masks
+        own = (rule.block.unsqueeze(1) == rule.block[first:]) & (rule.slot[first:] <= rule.slot.unsqueeze(1))
+        index = columns - rule.mask_start.unsqueeze(1)  # (B, num_keys): which mask a column holds
+        inside = (index >= 0) & (index < rule.num_masks)
+        picked = own[:, index.clamp(0, rule.num_masks - 1)]  # (T, B, num_keys)
+        allowed = allowed | (picked.transpose(0, 1) & inside.unsqueeze(1))
+    return allowed
+
+
+def _weighted_sum(probabilities: Tensor, values: Tensor) -> Tensor:
+    """P V, the keys in pieces of KEY_CHUNK by absolute index, added in order."""
+    out = torch.bmm(probabilities[..., :KEY_CHUNK], values[:, :KEY_CHUNK])
+    for start in range(KEY_CHUNK, values.shape[1], KEY_CHUNK):
+        piece = slice(start, start + KEY_CHUNK)
+        out = out + torch.bmm(probabilities[..., piece], values[:, piece])
+    return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, *, scale: float | None = None) -> Tensor:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.dtype != torch.float32:
+        return attention(q.float(), k[:, :, : rule.num_keys].float(), v[:, :, : rule.num_keys].float(), rule,
+                         scale=scale).to(q.dtype)  # fmt: skip
+    if q.shape[0] == rule.num_masks > 0 and rule.block_size and not rule.num_masks % rule.block_size:
+        return _block_attention(q, k, v, rule, scale)
+    return _dense_attention(q, k, v, rule, scale)
+
+
+def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale: float) -> Tensor:
+    t, b, h, d = q.shape
+    if t == 1 and q.device.type == "cpu" and h == k.shape[1]:  # as in _matmul: never a matrix-vector product
+        twice = AttentionRule(rule.visible.expand(2, -1), rule.block.expand(2), rule.slot.expand(2), rule.mask_start,
+                              0, rule.num_keys)  # fmt: skip
+        return _dense_attention(q.expand(2, -1, -1, -1), k, v, twice, scale)[:1]
+    kv_heads = k.shape[1]
+    groups = h // kv_heads
+    if "bias" not in rule._cache:  # once per pass, for all layers
+        bias = _additive(allowed_keys(rule)).repeat(1, groups, 1)
+        rule._cache["bias"] = bias if b == 1 else bias.repeat_interleave(kv_heads, dim=0)
+    keys = k[:, :, : rule.num_keys].reshape(b * kv_heads, rule.num_keys, d)
+    values = v[:, :, : rule.num_keys].reshape(b * kv_heads, rule.num_keys, d)
+    packed = q.view(t, b, kv_heads, groups, d).permute(1, 2, 3, 0, 4).reshape(b * kv_heads, groups * t, d)
+    scores = torch.baddbmm(rule._cache["bias"], packed, keys.transpose(1, 2), alpha=scale)
+    out = _weighted_sum(scores.softmax(-1), values)
+    return out.view(b, kv_heads, groups, t, d).permute(3, 0, 1, 2, 4).reshape(t, b, h, d)
+
+
+def _block_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale: float) -> Tensor:
+    """Mask rows alone, in whole blocks: scores against the NTP keys and the own block's k keys, never other blocks'."""
+    t, b, h, d = q.shape
+    size, kv_heads = rule.block_size, k.shape[1]
+    blocks, groups = t // size, h // k.shape[1]
+    start = int(rule.mask_start[0])
+    if not bool((rule.mask_start == start).all()):
+        return _dense_attention(q, k, v, rule, scale)
+    if "block_bias" not in rule._cache:
+        past = torch.arange(start, device=q.device) < rule.visible.t().unsqueeze(-1)  # (B, T, start)
+        past = past.view(b, blocks, 1, size, start).expand(-1, -1, groups, -1, -1).reshape(b, blocks * groups * size, start)
+        own = torch.ones(size, size, dtype=torch.bool, device=q.device).tril().repeat(groups, 1)
+        rule._cache["block_bias"] = _additive(past).repeat_interleave(kv_heads, dim=0), _additive(own)
+    past_bias, own_bias = rule._cache["block_bias"]
+    packed = q.view(blocks, size, b, kv_heads, groups, d).permute(2, 3, 0, 4, 1, 5)  # (B, H_kv, blocks, groups, k, D)
+    rows = packed.reshape(b * kv_heads, blocks * groups * size, d)
+    past_keys, past_values = (x[:, :, :start].reshape(b * kv_heads, start, d) for x in (k, v))
+    own_keys, own_values = (x[:, :, start : start + t].reshape(b * kv_heads * blocks, size, d) for x in (k, v))
+    past_scores = torch.baddbmm(past_bias, rows, past_keys.transpose(1, 2), alpha=scale)
+    own_scores = torch.baddbmm(own_bias, rows.view(-1, groups * size, d), own_keys.transpose(1, 2), alpha=scale)
+    scores = torch.cat([past_scores, own_scores.view(b * kv_heads, -1, size)], dim=-1)
+    past_p, own_p = scores.softmax(-1).split([start, size], dim=-1)
+    out = torch.bmm(past_p, past_values)
+    out = out + torch.bmm(own_p.reshape(-1, groups * size, size), own_values).view_as(out)
+    return out.view(b, kv_heads, blocks, groups, size, d).permute(2, 4, 0, 1, 3, 5).reshape(t, b, h, d)
+
+
+def _sampler_tail(first: Tensor, w: SamplerWeights) -> Tensor:
+    """Everything of the sampler after its first matrix product."""
+    d = (w.w2.shape[0],)
+    h = F.layer_norm(F.silu(first), d, w.norm1_weight, w.norm1_bias)
+    return F.layer_norm(F.silu(F.linear(h, w.w2, w.b2)), d, w.norm2_weight, w.norm2_bias)
+
+
+def sampler_hidden(previous: Tensor, z: Tensor, weights: SamplerWeights) -> Tensor:
+    return _sampler_tail(F.linear(torch.cat([previous, z], dim=-1), weights.w1, weights.b1), weights)
+
+
+def sampler_draft(
+    z: Tensor, first: Tensor, embedding: Tensor, weights: SamplerWeights, lm_head: Tensor
+) -> Tensor:
+    d = z.shape[-1]
+    from_mask = F.linear(z, weights.w1[:, d:], weights.b1)  # all k masks at once; only the token's half is sequential
+    drafts, token = [], first
+    for i in range(z.shape[1]):
+        h = torch.addmm(from_mask[:, i], F.embedding(token, embedding), weights.w1[:, :d].t())
+        token = F.linear(_sampler_tail(h, weights), lm_head).argmax(-1)
+        drafts.append(token)
+    return torch.stack(drafts, dim=1)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, lm_head: Tensor, labels: Tensor, *, ignore_index: int = -100, chunk: int = 2048
+) -> tuple[Tensor, Tensor]:
+    def piece(h: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(h, w).float()
+        return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none"), logits.argmax(-1)
+
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    recompute = torch.is_grad_enabled() and (hidden.requires_grad or lm_head.requires_grad)
+    losses, guesses = [], []
+    for h, target in zip(rows.split(chunk), targets.split(chunk), strict=True):
+        if recompute:  # the chunk's logits are made again in the backward pass
+            loss, guess = checkpoint(piece, h, lm_head, target, use_reentrant=False, preserve_rng_state=False)
+        else:
+            loss, guess = piece(h, lm_head, target)
+        losses.append(loss)
+        guesses.append(guess)
+    return torch.cat(losses).view(labels.shape), torch.cat(guesses).view(labels.shape)
+
+
+def accept(drafts: Tensor, predictions: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    matches = drafts == predictions[:, :-1]
+    if counts is not None:
+        matches = matches & (torch.arange(drafts.shape[1], device=drafts.device) < counts.unsqueeze(1))
+    accepted = matches.to(torch.int64).cumprod(1).sum(1)
+    return accepted, predictions.gather(1, accepted.unsqueeze(1)).squeeze(1)

@@ -1,0 +1,53 @@
+"""The two structured arguments of the contract: the attention rule of a pass, and the sampler head's weights."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class SamplerWeights(NamedTuple):
+    """Two blocks of Linear -> SiLU -> LayerNorm, widths 2d -> d -> d (arXiv 2507.11851, section 2.3).
+
+    `w1` is (d, 2d): its first d columns take the previous token's embedding, the others the mask's hidden state.
+    """
+
+    w1: Tensor
+    b1: Tensor
+    norm1_weight: Tensor
+    norm1_bias: Tensor
+    w2: Tensor
+    b2: Tensor
+    norm2_weight: Tensor
+    norm2_bias: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRule:
+    """Which keys each row of a pass attends (arXiv 2507.11851, Fig. 4), as three integers per row.
+
+    A pass has T rows for each of B sequences, NTP rows first, then `num_masks` mask rows. Keys are addressed by column:
+    column i < visible is the NTP key of position i; columns `mask_start[b] + j`, j < num_masks, are the keys of the
+    pass's own mask rows. Row t of sequence b attends
+
+        column i                    if  i < visible[t, b]
+        column mask_start[b] + j    if  block[m] == block[t] and slot[m] <= slot[t],  m = T - num_masks + j
+
+    visible: (T, B) integer, at least 1 for an NTP row and at most `mask_start[b]`.
+    block: (T,) integer, the mask row's block; -1 for NTP rows.
+    slot: (T,) integer, 1..k inside a block; 0 for NTP rows.
+    mask_start: (B,) integer.
+    num_masks: how many of the last rows are masks.
+    num_keys: columns to look at; every column a row may attend is below it.
+    block_size: k when the mask rows are whole blocks in order (slots 1..k, 1..k, ...), as every layout's are; 0 if not
+        known. An implementation may use it to skip other blocks' keys; it never changes what a row attends.
+    """
+
+    visible: Tensor
+    block: Tensor
+    slot: Tensor
+    mask_start: Tensor
+    num_masks: int
+    num_keys: int
+    block_size: int = 0
+    _cache: dict = field(default_factory=dict, init=False, repr=False)

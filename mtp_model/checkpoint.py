@@ -1,0 +1,227 @@
+"""Hugging Face model directories in; adapter directories in and out. Only safetensors and JSON are ever read.
+
+An adapter directory holds `adapter_model.safetensors` (masks, `layers.N.PROJ.lora_A` (R, in) and `lora_B` (out, R) for the
+seven projections, `sampler.*`) and `adapter_config.json` (its MTPConfig, the base's shape and fingerprint, free notes).
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mtp_model.config import ModelConfig, MTPConfig
+from mtp_model.model import MTPModel
+
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FORMAT = "mtp-kernels-adapter-1"
+
+# Our stacked projections, and the checkpoint's names for their parts.
+_PARTS = {
+    "qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o_proj": ("self_attn.o_proj",),
+    "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "down_proj": ("mlp.down_proj",),
+}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; accepted is a JSON object")
+    return values
+
+
+class _Tensors:
+    """The tensors of a model directory by name: a single model.safetensors, or shards with an index."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        index = directory / "model.safetensors.index.json"
+        if index.exists():
+            self.files = {name: directory / file for name, file in _read_json(index).get("weight_map", {}).items()}
+        elif (directory / "model.safetensors").exists():
+            self.files = {name: directory / "model.safetensors" for name in self._open(directory / "model.safetensors").keys()}
+        else:
+            raise ValueError(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
+        self.handles: dict[Path, object] = {}
+
+    def _open(self, path: Path):
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name not in self.files:
+            raise ValueError(f"{self.directory} lacks the tensor {name}")
+        path = self.files[name]
+        if path not in self.handles:
+            self.handles[path] = self._open(path)
+        if name not in self.handles[path].keys():
+            raise ValueError(f"{path} lacks the tensor {name} that the index places there")
+        tensor = self.handles[path].get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"tensor {name} of {self.directory} has shape {tuple(tensor.shape)}; its config says {shape}")
+        return tensor
+
+
+def load_model(directory: str | Path, *, device=None, dtype: torch.dtype | None = None) -> MTPModel:
+    """Open a Hugging Face directory of the Llama family.
+
+    dtype: default the checkpoint's own. Raises ValueError naming what is missing, of another shape, or not of the family.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory")
+    config = ModelConfig.from_hf(_read_json(directory / "config.json"))
+    tensors = _Tensors(directory)
+    d, f, hd = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_attention_heads * hd, config.num_key_value_heads * hd
+    shapes = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q),
+              "gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}  # fmt: skip
+    embed = tensors.get("model.embed_tokens.weight", (config.vocab_size, d))
+    dtype = dtype or embed.dtype
+    device = torch.device(device or "cpu")
+    with torch.device("meta"):
+        model = MTPModel(config, dtype=dtype)
+    model.to_empty(device=device)
+
+    def put(parameter: Tensor, parts: list[Tensor]) -> None:
+        parameter.data.copy_(torch.cat(parts) if len(parts) > 1 else parts[0])
+
+    put(model.embed, [embed])
+    if config.tie_word_embeddings:
+        model.lm_head = model.embed
+    else:
+        put(model.lm_head, [tensors.get("lm_head.weight", (config.vocab_size, d))])
+    final_norm = tensors.get("model.norm.weight", (d,))
+    put(model.norm.weight, [final_norm])
+    for i, layer in enumerate(model.layers):
+        prefix = f"model.layers.{i}."
+        put(layer.input_norm.weight, [tensors.get(prefix + "input_layernorm.weight", (d,))])
+        put(layer.post_norm.weight, [tensors.get(prefix + "post_attention_layernorm.weight", (d,))])
+        for name, module in layer.adapted().items():
+            sizes = [shapes[part.split(".")[1]] for part in _PARTS[name]]
+            put(module.weight, [tensors.get(f"{prefix}{p}.weight", s) for p, s in zip(_PARTS[name], sizes, strict=True)])
+            if module.bias is not None:
+                put(module.bias, [tensors.get(f"{prefix}{p}.bias", s[:1]) for p, s in zip(_PARTS[name], sizes, strict=True)])
+    model.frequencies = MTPModel._frequencies(config).to(device)
+    digest = hashlib.sha256(repr((config.hidden_size, config.num_hidden_layers, config.vocab_size)).encode())
+    for tensor in (embed[: min(256, config.vocab_size)], final_norm):
+        digest.update(tensor.float().contiguous().numpy().tobytes())
+    model.fingerprint = digest.hexdigest()[:16]
+    if device.type == "cpu":
+        model.store_input_major_()
+    return model.eval()
+
+
+@dataclass
+class Adapter:
+    """An adapter by itself. `apply` puts it on a model; `notes` is free-form (how it was trained)."""
+
+    config: MTPConfig
+    tensors: dict[str, Tensor]
+    base: dict
+    notes: dict = field(default_factory=dict)
+
+    def apply(self, model: MTPModel, dtype: torch.dtype | None = None) -> MTPModel:
+        """Put the adapter on `model`. Raises ValueError if the model is not the base it was trained for."""
+        mine = describe_base(model)
+        wrong = [f"{key} {self.base[key]!r}, the model's is {mine[key]!r}" for key in mine if self.base.get(key) != mine[key]]
+        if wrong:
+            raise ValueError(f"the adapter was trained for another base model: {'; '.join(wrong)}")
+        model.add_adapter(self.config, dtype=dtype)
+        try:
+            import_adapter(model, self.tensors)
+        except ValueError:
+            model.remove_adapter()
+            raise
+        return model
+
+
+def describe_base(model: MTPModel) -> dict:
+    config = asdict(model.config)
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return {key: config[key] for key in keys} | {"fingerprint": model.fingerprint}
+
+
+def export_adapter(model: MTPModel) -> dict[str, Tensor]:
+    """The adapter's tensors under their file names, one A and B per projection, on the CPU."""
+    out = {}
+    for name, parameter in model.adapter_parameters().items():
+        tensor = parameter.detach().cpu()
+        if "lora_" not in name:
+            out[name] = tensor.clone()
+            continue
+        layer, stack, which = name.rsplit(".", 2)
+        module = model.get_submodule(f"{layer}.{stack}")
+        sizes = [module.rank] * len(module.splits) if which == "lora_A" else list(module.splits)
+        for part, piece in zip(_PARTS[stack], tensor.split(sizes), strict=True):
+            out[f"{layer}.{part.split('.')[1]}.{which}"] = piece.clone()
+    return out
+
+
+@torch.no_grad()
+def import_adapter(model: MTPModel, tensors: dict[str, Tensor]) -> None:
+    """Copy `export_adapter`'s tensors into a model whose adapter has the same k, rank and sampler."""
+    template = export_adapter(model)
+    missing, unknown = sorted(set(template) - set(tensors)), sorted(set(tensors) - set(template))
+    if missing or unknown:
+        raise ValueError(f"adapter tensors do not fit its config: missing {missing[:4]}, unknown {unknown[:4]}")
+    for name, tensor in tensors.items():
+        if tensor.shape != template[name].shape:
+            raise ValueError(f"adapter tensor {name} has shape {tuple(tensor.shape)}; its config says {tuple(template[name].shape)}")
+    for name, parameter in model.adapter_parameters().items():
+        if "lora_" not in name:
+            parameter.copy_(tensors[name])
+            continue
+        layer, stack, which = name.rsplit(".", 2)
+        parameter.copy_(torch.cat([tensors[f"{layer}.{part.split('.')[1]}.{which}"] for part in _PARTS[stack]]))
+
+
+def save_adapter(model: MTPModel, directory: str | Path, notes: dict | None = None) -> None:
+    """Write the model's adapter to `directory`. Each file appears whole or not at all."""
+    if model.mtp is None:
+        raise ValueError("the model has no adapter to save")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {"format": FORMAT, "adapter": asdict(model.mtp), "base": describe_base(model), "notes": notes or {}}
+    temporary = directory / (ADAPTER_WEIGHTS + ".tmp")
+    save_file(export_adapter(model), temporary)
+    os.replace(temporary, directory / ADAPTER_WEIGHTS)
+    temporary = directory / (ADAPTER_CONFIG + ".tmp")
+    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, directory / ADAPTER_CONFIG)
+
+
+def load_adapter(directory: str | Path) -> Adapter:
+    """Read an adapter directory; needs no base model. Raises ValueError naming what is wrong with it."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory")
+    values = _read_json(directory / ADAPTER_CONFIG)
+    if values.get("format") != FORMAT:
+        raise ValueError(f"{directory / ADAPTER_CONFIG} has format {values.get('format')!r}; accepted is {FORMAT!r}")
+    try:
+        config, base = MTPConfig.from_dict(values["adapter"]), dict(values["base"])
+    except KeyError as error:
+        raise ValueError(f"{directory / ADAPTER_CONFIG} lacks {error}") from None
+    try:
+        tensors = load_file(directory / ADAPTER_WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{directory / ADAPTER_WEIGHTS} cannot be read as safetensors: {error}") from None
+    return Adapter(config, tensors, base, values.get("notes", {}))

@@ -1,0 +1,98 @@
+"""Configurations: the base model's (read from a Hugging Face config.json) and the adapter's."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from mtp_kernels import rotary_frequencies
+
+MAX_MASKS = 16
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-family model. Field names are Hugging Face's."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = field(default=None, hash=False)
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_hf(cls, config: dict) -> "ModelConfig":
+        """Read the dict of a config.json. Raises ValueError naming what is not Llama-family about it."""
+        kind = config.get("model_type")
+        if kind != "llama":
+            raise ValueError(f"model_type is {kind!r}; accepted is 'llama' (Llama 2, 3.x, Tulu and others of that form)")
+        activation = config.get("hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise ValueError(f"hidden_act is {activation!r}; accepted is 'silu'")
+        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        missing = [key for key in needed if key not in config]
+        if missing:
+            raise ValueError(f"config lacks {', '.join(missing)}")
+        heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise ValueError(f"num_attention_heads is {heads} and num_key_value_heads {kv_heads}; accepted is a multiple")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        scaling = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
+        rotary_frequencies(head_dim, scaling=scaling)  # refuses types that it does not know
+        eos = config.get("eos_token_id")
+        return cls(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            rope_scaling=scaling,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=bool(config.get("attention_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        )
+
+
+@dataclass(frozen=True)
+class MTPConfig:
+    """An adapter: k masks, gated LoRA of one rank on all seven projections, optionally a sampler head.
+
+    num_masks: k, 1 to 16. rank: 1 to 512. alpha: LoRA is scaled by alpha / rank; default: the rank itself, scale 1.
+    """
+
+    num_masks: int = 8
+    rank: int = 128
+    alpha: float | None = None
+    sampler: bool = True
+
+    def __post_init__(self):
+        if not 1 <= self.num_masks <= MAX_MASKS:
+            raise ValueError(f"num_masks is {self.num_masks}; accepted are 1 to {MAX_MASKS}")
+        if not 1 <= self.rank <= 512:
+            raise ValueError(f"rank is {self.rank}; accepted are 1 to 512")
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", float(self.rank))
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "MTPConfig":
+        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"adapter config has unknown fields {sorted(unknown)}; accepted are "
+                             f"{[f.name for f in dataclasses.fields(cls)]}")  # fmt: skip
+        return cls(**values)

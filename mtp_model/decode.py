@@ -1,0 +1,217 @@
+"""Decoding: prefill, then (verify, accept, commit, draft) until done. Greedy; the text equals autoregressive decoding's.
+
+    decoding = Decoding(model, [prompt_ids], mode="quadratic", k=4, max_new_tokens=100)
+    for new in decoding:            # new[b]: tokens of sequence b accepted in this step
+        ...
+    decoding.tokens, decoding.stats
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mtp_kernels import accept
+from mtp_model.cache import KVCache
+from mtp_model.layout import MODES, Layout, decoding_layout, prefill_layout
+from mtp_model.model import MTPModel
+
+
+@dataclass
+class DecodeStats:
+    """What a decoding did. Lists have one entry per sequence, except the two by draft position (k entries).
+
+    passes: passes of the model that emitted tokens for the sequence, prefill included. tokens: tokens emitted, those after
+    end-of-text or the maximum not counted. offered[i], accepted[i]: steps in which draft i + 1 was put up for verification,
+    and in which it was accepted. seconds: wall-clock in "verify" (passes of the model), "draft" (the sampler), "other".
+    """
+
+    passes: list[int]
+    tokens: list[int]
+    offered: list[int]
+    accepted: list[int]
+    seconds: dict[str, float] = field(default_factory=lambda: {"verify": 0.0, "draft": 0.0, "other": 0.0})
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Pooled over the sequences; exactly 1 for autoregressive decoding. The paper's "speedup", not wall-clock."""
+        return sum(self.tokens) / sum(self.passes)
+
+    @property
+    def mean_tokens_per_step(self) -> float:
+        """The mean over sequences of each one's own tokens per step."""
+        return sum(t / p for t, p in zip(self.tokens, self.passes, strict=True)) / len(self.tokens)
+
+
+@dataclass
+class DecodeResult:
+    """tokens[b]: new tokens of sequence b, end-of-text included when it was written."""
+
+    tokens: list[list[int]]
+    stats: DecodeStats
+
+
+class Decoding:
+    """An iterator over the steps of a decoding; each yields the newly accepted tokens of every sequence.
+
+    prompts: token ids, one non-empty list per sequence. mode: see `layout.MODES`. k: masks per block, 1 to the adapter's
+    (default: all of them). eos: end-of-text ids; default the model's, () for none. use_sampler: False drafts from the
+    masks' own logits. Raises ValueError for anything else, before any work.
+    """
+
+    def __init__(
+        self,
+        model: MTPModel,
+        prompts: Sequence[Sequence[int]],
+        *,
+        mode: str = "quadratic",
+        k: int | None = None,
+        max_new_tokens: int = 100,
+        eos: Sequence[int] | None = None,
+        use_sampler: bool = True,
+    ):
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; accepted are {', '.join(MODES)}")
+        if mode == "autoregressive":
+            k = 0
+        elif model.mtp is None:
+            raise ValueError(f"mode {mode!r} needs an adapter and the model has none; accepted without one is 'autoregressive'")
+        else:
+            k = model.mtp.num_masks if k is None else k
+            if not 1 <= k <= model.mtp.num_masks:
+                raise ValueError(f"k is {k}; accepted are 1 to the adapter's {model.mtp.num_masks}")
+        if not prompts or not all(len(p) for p in prompts):
+            raise ValueError("accepted are one or more prompts of at least one token each")
+        vocab = model.config.vocab_size
+        for b, prompt in enumerate(prompts):
+            if min(prompt) < 0 or max(prompt) >= vocab:
+                raise ValueError(f"prompt {b} has a token id outside 0 to {vocab - 1}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; accepted is 1 or more")
+        self.model, self.mode, self.k, self.max_new_tokens = model, mode, k, max_new_tokens
+        self.prompts, self.use_sampler = [list(p) for p in prompts], use_sampler
+        self.eos = frozenset(model.config.eos_token_ids if eos is None else eos)
+        batch = len(prompts)
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.finished = [False] * batch
+        self.stats = DecodeStats([0] * batch, [0] * batch, [0] * k, [0] * k)
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        began = time.perf_counter()
+        steps = self._steps()
+        while True:  # gradients are off inside the steps only, never in the caller's code between them
+            with torch.inference_mode():
+                new = next(steps, None)
+            seconds = self.stats.seconds
+            seconds["other"] = time.perf_counter() - began - seconds["verify"] - seconds["draft"]
+            if new is None:
+                return
+            paused = time.perf_counter()
+            yield new
+            began += time.perf_counter() - paused
+
+    def _steps(self) -> Iterator[list[list[int]]]:
+        model, k = self.model, self.k
+        lengths = [len(p) for p in self.prompts]
+        rows = (k + 1) ** 2 if self.mode.startswith("quadratic") else 1 + 2 * k
+        capacity = max(lengths) + self.max_new_tokens + rows
+        cache = KVCache(model.config, len(lengths), capacity, model.device, model.dtype)
+
+        # Prefill: the prompts and a block after each, so that the first step already has drafts.
+        layout = prefill_layout(lengths, k, model.device)
+        padded = [p + [0] * (max(lengths) - len(p)) for p in self.prompts]
+        z = self._forward(layout, torch.tensor(padded, device=model.device).t(), cache)
+        last = torch.tensor(lengths, device=model.device) - 1
+        newest = model.logits(z[last, torch.arange(len(lengths), device=model.device)]).argmax(-1)  # (B,)
+        cache.commit(lengths)
+        new = self._emit([[token] for token in newest.tolist()])
+        drafts, drafted = self._draft(layout, z, last, newest)
+        yield new
+
+        while not all(self.finished):
+            # Verify: the newest token and its drafts, with masks behind them.
+            layout = decoding_layout(self.mode, k, drafted, str(model.device))
+            ids = newest.unsqueeze(0)
+            if layout.num_ntp > 1:
+                ids = torch.cat([ids, drafts.t()])
+            z = self._forward(layout, ids, cache)
+            predictions = model.logits(z[: layout.num_ntp]).argmax(-1).t()  # (B, drafts + 1)
+
+            # Accept: the longest prefix that the model would have written itself.
+            counts = None if all(drafted) else torch.tensor([k * d for d in drafted], device=model.device)
+            accepted, newest = accept(ids[1:].t(), predictions, None if layout.num_ntp == 1 else counts)
+            lengths = accepted.tolist()
+
+            # Commit: the accepted tokens' K/V already stand in the cache.
+            new = self._emit([p[: a + 1] for p, a in zip(predictions.tolist(), lengths, strict=True)], lengths, drafted)
+            cache.commit([0 if done else a + 1 for a, done in zip(lengths, self.finished, strict=True)])
+
+            # Draft: from the block behind the last accepted token.
+            drafts, drafted = self._draft(layout, z, accepted, newest)
+            yield new
+
+    def _forward(self, layout: Layout, ids: Tensor, cache: KVCache) -> Tensor:
+        began = time.perf_counter()
+        z = self.model(layout.at(ids, cache.lengths, self.model.config.vocab_size), cache)
+        self._book("verify", began)
+        return z
+
+    def _draft(self, layout: Layout, z: Tensor, accepted: Tensor, newest: Tensor) -> tuple[Tensor | None, tuple[bool, ...]]:
+        """The next drafts (B, k), and which sequences have any: those with a block behind row `accepted`."""
+        nothing = (False,) * len(self.finished)
+        if not self.k or all(self.finished):
+            return None, nothing
+        began = time.perf_counter()
+        at = layout.anchors == accepted  # (A, B)
+        drafted = tuple((at.any(0)).tolist()) if layout.num_blocks <= self.k else (True,) * len(self.finished)
+        if not any(drafted):
+            return None, nothing
+        block = at.to(torch.int64).argmax(0)  # the first such block
+        first = layout.num_ntp + block * self.k
+        index = first.unsqueeze(1) + torch.arange(self.k, device=z.device)  # (B, k)
+        states = z[index, torch.arange(z.shape[1], device=z.device).unsqueeze(1)]
+        drafts = self.model.draft(states, newest, self.use_sampler)
+        self._book("draft", began)
+        return drafts, drafted
+
+    def _emit(self, new: list[list[int]], accepted: list[int] | None = None, drafted: tuple[bool, ...] = ()):
+        """Append what a pass wrote, cut at end-of-text and at the maximum; returns what was appended."""
+        out = []
+        for b, tokens in enumerate(new):
+            if self.finished[b]:
+                out.append([])
+                continue
+            end = next((i + 1 for i, token in enumerate(tokens) if token in self.eos), len(tokens))
+            tokens = tokens[: min(end, self.max_new_tokens - len(self.tokens[b]))]
+            self.tokens[b] += tokens
+            self.stats.passes[b] += 1
+            self.stats.tokens[b] += len(tokens)
+            if accepted is not None and drafted[b]:
+                for i in range(self.k):
+                    self.stats.offered[i] += 1
+                    self.stats.accepted[i] += i < min(accepted[b], len(tokens))
+            self.finished[b] = tokens[-1] in self.eos or len(self.tokens[b]) >= self.max_new_tokens
+            out.append(tokens)
+        return out
+
+    def _book(self, part: str, began: float) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.stats.seconds[part] += time.perf_counter() - began
+
+
+def generate(
+    model: MTPModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    on_tokens: Callable[[list[list[int]]], None] | None = None,
+    **options,
+) -> DecodeResult:
+    """Run a `Decoding` (which see for the options) to its end; `on_tokens` is called with each step's new tokens."""
+    decoding = Decoding(model, prompts, **options)
+    for new in decoding:
+        if on_tokens is not None:
+            on_tokens(new)
+    return DecodeResult(decoding.tokens, decoding.stats)

@@ -1,0 +1,43 @@
+"""A decoder layer of the Llama family on the rows of a pass."""
+
+from torch import Tensor, nn
+
+from mtp_kernels import attention, rotary_embedding, swiglu
+from mtp_kernels.nn import GatedLoRALinear, RMSNorm
+from mtp_model.cache import KVCache
+from mtp_model.config import ModelConfig
+from mtp_model.layout import Rows
+
+
+class DecoderLayer(nn.Module):
+    """norm -> q/k/v -> rotary -> attention -> o -> norm -> gate/up -> SwiGLU -> down, adapters on the mask rows."""
+
+    def __init__(self, config: ModelConfig, index: int, device=None, dtype=None):
+        super().__init__()
+        self.index = index
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+        )  # fmt: skip
+        d, q, kv, f = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim, config.intermediate_size
+        factory = {"device": device, "dtype": dtype}
+        self.input_norm = RMSNorm(d, config.rms_norm_eps, **factory)
+        self.qkv_proj = GatedLoRALinear(d, (q, kv, kv), config.attention_bias, **factory)
+        self.o_proj = GatedLoRALinear(q, d, config.attention_bias, **factory)
+        self.post_norm = RMSNorm(d, config.rms_norm_eps, **factory)
+        self.gate_up_proj = GatedLoRALinear(d, (f, f), config.mlp_bias, **factory)
+        self.down_proj = GatedLoRALinear(f, d, config.mlp_bias, **factory)
+
+    def adapted(self) -> dict[str, GatedLoRALinear]:
+        return {name: module for name, module in self.named_children() if isinstance(module, GatedLoRALinear)}
+
+    def forward(self, x: Tensor, rows: Rows, rotary: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
+        t, b, _ = x.shape  # x: (T, B, d)
+        qkv = self.qkv_proj(self.input_norm(x), rows.gate).view(t, b, self.heads + 2 * self.kv_heads, self.head_dim)
+        qk, v = qkv[:, :, : self.heads + self.kv_heads], qkv[:, :, self.heads + self.kv_heads :]
+        qk = rotary_embedding(qk, *rotary)  # q and k heads together
+        q, k = qk[:, :, : self.heads], qk[:, :, self.heads :]
+        keys, values = cache.update(self.index, k, v, rows.start)
+        attended = attention(q, keys, values, rows.rule).flatten(2)  # (T, B, H * D)
+        x = self.o_proj(attended, rows.gate, residual=x)
+        hidden = swiglu(self.gate_up_proj(self.post_norm(x), rows.gate))
+        return self.down_proj(hidden, rows.gate, residual=x)

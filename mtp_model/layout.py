@@ -1,0 +1,223 @@
+"""The rows of a pass: what each row is, where it stands, and what it sees.
+
+A pass has T rows for each of B sequences; row order is free because positions and the attention rule are explicit, so all
+NTP rows come first and all masks after: the gate is one number. Every kind of pass is the same construction, NTP rows
+x_0, x_1, ... of a sequence that already has n tokens in the cache, and blocks of k masks, each after an *anchor*, one of
+those NTP rows (arXiv 2507.11851, Fig. 4). Only the anchors differ:
+
+    pass              NTP rows         anchors
+    autoregressive    t                none
+    linear            t, d_1..d_k      the last draft
+    quadratic         t, d_1..d_k      every NTP row
+    quadratic-printed t, d_1..d_k      every draft (as the paper prints it; none after t)
+    prefill           the prompt       its last token
+    training          the whole text   every position that bears a loss
+
+In the pictures k = 2, 0 = may attend, columns in the order NTP keys | masks of each block; n = 0.
+
+autoregressive          linear                            prefill of x0 x1 x2
+    row  pos | t            row  pos | t  d1 d2 | m1 m2       row  pos | x0 x1 x2 | m1 m2
+    t     0  | 0            t     0  | 0        |             x0    0  | 0        |
+                            d1    1  | 0  0     |             x1    1  | 0  0     |
+                            d2    2  | 0  0  0  |             x2    2  | 0  0  0  |
+                            m1    3  | 0  0  0  | 0           m1    3  | 0  0  0  | 0
+                            m2    4  | 0  0  0  | 0  0        m2    4  | 0  0  0  | 0  0
+
+quadratic, and training with three anchors (x0 x1 x2 for t d1 d2)
+    row  pos | t  d1 d2 | m1 m2 of t | of d1 | of d2
+    t     0  | 0        |            |       |
+    d1    1  | 0  0     |            |       |
+    d2    2  | 0  0  0  |            |       |
+    t:m1  1  | 0        | 0          |       |
+    t:m2  2  | 0        | 0  0       |       |
+    1:m1  2  | 0  0     |            | 0     |
+    1:m2  3  | 0  0     |            | 0  0  |
+    2:m1  3  | 0  0  0  |            |       | 0
+    2:m2  4  | 0  0  0  |            |       | 0  0
+
+quadratic-printed: the same without the rows and columns of t's block.
+
+A step without drafts (`drafted` false) has the NTP row t and one block after it. In a batch where only some sequences
+have drafts, the others' NTP rows 1..k are padding that nobody's result depends on, and their blocks stand after t.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from mtp_kernels import AttentionRule
+
+MODES = ("autoregressive", "linear", "quadratic", "quadratic-printed")
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Structure of a pass, relative to each sequence's committed length n. Build one with the functions below.
+
+    num_ntp, k: NTP rows and masks per block. anchors: (A, B) int64, the NTP row each block follows.
+    """
+
+    num_ntp: int
+    k: int
+    anchors: Tensor
+
+    @property
+    def num_blocks(self) -> int:
+        return self.anchors.shape[0]
+
+    @property
+    def num_masks(self) -> int:
+        return self.num_blocks * self.k
+
+    @property
+    def batch(self) -> int:
+        return self.anchors.shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_ntp + self.num_masks
+
+    @cached_property
+    def block(self) -> Tensor:
+        """(T,) the block of a mask row, -1 for NTP rows."""
+        blocks = torch.arange(self.num_blocks, device=self.anchors.device).repeat_interleave(self.k)
+        return torch.cat([blocks.new_full((self.num_ntp,), -1), blocks])
+
+    @cached_property
+    def slot(self) -> Tensor:
+        """(T,) 1..k for mask rows, 0 for NTP rows."""
+        slots = torch.arange(1, self.k + 1, device=self.anchors.device).repeat(self.num_blocks)
+        return torch.cat([slots.new_zeros(self.num_ntp), slots])
+
+    @cached_property
+    def position_offset(self) -> Tensor:
+        """(T, B) position minus n."""
+        ntp = torch.arange(self.num_ntp, device=self.anchors.device).unsqueeze(1).expand(-1, self.batch)
+        masks = self.anchors.repeat_interleave(self.k, dim=0) + self.slot[self.num_ntp :].unsqueeze(1)
+        return torch.cat([ntp, masks])
+
+    @cached_property
+    def visible_offset(self) -> Tensor:
+        """(T, B) number of visible NTP keys minus n."""
+        return torch.cat([self.position_offset[: self.num_ntp], self.anchors.repeat_interleave(self.k, dim=0)]) + 1
+
+    def at(self, ids: Tensor, start: list[int], vocab_size: int = 0) -> "Rows":
+        """The rows of this layout for NTP tokens `ids` (num_ntp, B) after `start[b]` committed tokens of sequence b.
+
+        Mask j's id is vocab_size + j - 1: the masks' embeddings stand behind the vocabulary's.
+        """
+        if tuple(ids.shape) != (self.num_ntp, self.batch):
+            raise ValueError(f"ids have shape {tuple(ids.shape)}; accepted is (num_ntp, B) = {(self.num_ntp, self.batch)}")
+        if len(start) != self.batch:
+            raise ValueError(f"start has {len(start)} lengths; accepted is one for each of {self.batch} sequences")
+        mask_ids = (self.slot[self.num_ntp :] + (vocab_size - 1)).unsqueeze(1).expand(-1, self.batch)
+        n = start[0] if len(set(start)) == 1 else torch.tensor(start, device=self.anchors.device)
+        return Rows(
+            ids=torch.cat([ids, mask_ids]),
+            positions=self.position_offset + n,
+            visible=self.visible_offset + n,
+            block=self.block,
+            slot=self.slot,
+            num_ntp=self.num_ntp,
+            k=self.k,
+            start=tuple(start),
+            mask_start=tuple(s + self.num_ntp for s in start),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of one pass, NTP rows first. T = num_ntp + masks.
+
+    ids: (T, B), masks numbered behind the vocabulary. positions: (T, B). visible: (T, B), how many NTP keys a row sees.
+    block, slot: (T,), see `mtp_kernels.AttentionRule`. start: committed tokens of each sequence, where this pass's K/V
+    are written. mask_start: the cache column of each sequence's first mask.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    visible: Tensor
+    block: Tensor
+    slot: Tensor
+    num_ntp: int
+    k: int
+    start: tuple[int, ...]
+    mask_start: tuple[int, ...]
+
+    @property
+    def num_masks(self) -> int:
+        return self.ids.shape[0] - self.num_ntp
+
+    @property
+    def gate(self) -> int | None:
+        """First gate-on row of the flattened (T * B) rows: the gate that `gated_lora_linear` takes."""
+        return self.num_ntp * self.ids.shape[1] if self.num_masks else None
+
+    @cached_property
+    def rule(self) -> AttentionRule:
+        return AttentionRule(
+            visible=self.visible,
+            block=self.block,
+            slot=self.slot,
+            mask_start=torch.tensor(self.mask_start, device=self.ids.device),
+            num_masks=self.num_masks,
+            num_keys=max(self.mask_start) + self.num_masks,
+            block_size=self.k if self.num_masks else 0,
+        )
+
+    def ntp_rows(self) -> "Rows":
+        """The NTP rows alone: a pass of its own, since they never see a mask."""
+        return self._part(slice(0, self.num_ntp), self.num_ntp, self.start)
+
+    def mask_rows(self) -> "Rows":
+        """The mask rows alone, for a cache that already holds the NTP rows' keys."""
+        return self._part(slice(self.num_ntp, None), 0, self.mask_start)
+
+    def _part(self, rows: slice, num_ntp: int, start: tuple[int, ...]) -> "Rows":
+        return replace(
+            self, ids=self.ids[rows], positions=self.positions[rows], visible=self.visible[rows],
+            block=self.block[rows], slot=self.slot[rows], num_ntp=num_ntp, start=start,
+        )  # fmt: skip
+
+
+def _check_k(k: int) -> None:
+    if not isinstance(k, int) or not 1 <= k <= 16:
+        raise ValueError(f"k is {k!r}; accepted are 1 to 16 masks per block")
+
+
+@lru_cache(maxsize=256)
+def decoding_layout(mode: str, k: int, drafted: tuple[bool, ...], device: str = "cpu") -> Layout:
+    """The layout of a decoding step. drafted[b]: whether sequence b has k drafts to verify."""
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; accepted are {', '.join(MODES)}")
+    batch = len(drafted)
+    if mode == "autoregressive":
+        return Layout(1, 1, torch.zeros(0, batch, dtype=torch.int64, device=device))
+    _check_k(k)
+    if not any(drafted):
+        return Layout(1, k, torch.zeros(1, batch, dtype=torch.int64, device=device))
+    anchors = {"linear": [k], "quadratic": range(k + 1), "quadratic-printed": range(1, k + 1)}[mode]
+    table = [[anchor if has else 0 for has in drafted] for anchor in anchors]
+    return Layout(k + 1, k, torch.tensor(table, dtype=torch.int64, device=device))
+
+
+def prefill_layout(lengths: list[int], k: int, device: str | torch.device = "cpu") -> Layout:
+    """Prompts of the given lengths, padded on the right, and a block after each one's last token (none if k is 0)."""
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"prompt lengths are {lengths}; accepted are one or more prompts of at least one token")
+    if k == 0:
+        return Layout(max(lengths), 1, torch.zeros(0, len(lengths), dtype=torch.int64, device=device))
+    _check_k(k)
+    return Layout(max(lengths), k, torch.tensor([[n - 1 for n in lengths]], device=device))
+
+
+def training_layout(length: int, anchors: Tensor, k: int) -> Layout:
+    """Texts padded to `length` NTP rows and a block after each anchor; anchors: (A, B) int64, row numbers below length."""
+    _check_k(k)
+    if anchors.ndim != 2 or anchors.dtype != torch.int64:
+        raise ValueError(f"anchors have shape {tuple(anchors.shape)}, {anchors.dtype}; accepted is (A, B) torch.int64")
+    if anchors.numel() and not (0 <= int(anchors.min()) and int(anchors.max()) < length):
+        raise ValueError(f"anchors lie in [{int(anchors.min())}, {int(anchors.max())}]; accepted are rows 0 to {length - 1}")
+    return Layout(length, k, anchors)

@@ -1,0 +1,118 @@
+"""The model: a frozen Llama-family base, and the adapter (masks, gated LoRA, sampler) that can be put on it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_kernels import gated_lora_linear, rotary_frequencies, rotary_tables
+from mtp_kernels.nn import RMSNorm, SamplerHead
+from mtp_model.cache import KVCache
+from mtp_model.config import ModelConfig, MTPConfig
+from mtp_model.layers import DecoderLayer
+from mtp_model.layout import Rows
+
+
+class MTPModel(nn.Module):
+    """A Llama-family language model that can also run mask rows.
+
+    `forward` takes the `Rows` of any pass and a cache and returns hidden states after the final norm, (T, B, d).
+    Base parameters are frozen; the adapter's require gradients (the masks by option).
+    """
+
+    def __init__(self, config: ModelConfig, device=None, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config = config
+        self.mtp: MTPConfig | None = None
+        self.fingerprint = ""
+        factory = {"device": device, "dtype": dtype}
+        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, **factory))
+        nn.init.normal_(self.embed, std=0.02)
+        self.layers = nn.ModuleList([DecoderLayer(config, i, **factory) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
+        self.lm_head = self.embed
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, **factory))
+            nn.init.normal_(self.lm_head, std=0.02)
+        self.register_parameter("masks", None)
+        self.sampler: SamplerHead | None = None
+        self.register_buffer("frequencies", self._frequencies(config).to(device), persistent=False)
+        self.requires_grad_(False)
+
+    @staticmethod
+    def _frequencies(config: ModelConfig) -> Tensor:
+        return rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.dtype
+
+    def store_input_major_(self) -> "MTPModel":
+        """Store the base's matrices input-major: on a CPU it is faster for few rows and makes a row's bits independent of
+        its neighbours (see `mtp_kernels.reference`). Shapes and values are unchanged."""
+        for parameter in {self.embed, self.lm_head, *(m.weight for layer in self.layers for m in layer.adapted().values())}:
+            parameter.data = parameter.data.t().contiguous().t()
+        return self
+
+    def add_adapter(self, mtp: MTPConfig, seed: int = 0, dtype: torch.dtype | None = None, train_masks: bool = False) -> None:
+        """Put a new adapter on the model: it changes no output until trained (B is zero), and never an NTP row's.
+
+        Masks are drawn at the embedding table's standard deviation. dtype: of the adapter's parameters, default the base's.
+        """
+        if self.mtp is not None:
+            raise ValueError("the model has an adapter already; remove_adapter() takes it off")
+        dtype = dtype or self.dtype
+        generator = torch.Generator().manual_seed(seed)
+        shape = (mtp.num_masks, self.config.hidden_size)
+        masks = torch.randn(shape, generator=generator) * self.embed.float().std().cpu()
+        self.masks = nn.Parameter(masks.to(self.device, dtype), requires_grad=train_masks)
+        for layer in self.layers:
+            for module in layer.adapted().values():
+                module.add_adapter(mtp.rank, mtp.alpha, dtype, generator)
+        if mtp.sampler:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.sampler = SamplerHead(self.config.hidden_size).to(self.device, dtype)
+        self.mtp = mtp
+
+    def remove_adapter(self) -> None:
+        """Take the adapter off; what remains is the base model as it was."""
+        for layer in self.layers:
+            for module in layer.adapted().values():
+                module.remove_adapter()
+        self.masks, self.sampler, self.mtp = None, None, None
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Every adapter parameter by name: masks, layers.N.*.lora_A / lora_B, sampler.*."""
+        return {n: p for n, p in self.named_parameters() if n == "masks" or "lora_" in n or n.startswith("sampler.")}
+
+    def embed_rows(self, rows: Rows) -> Tensor:
+        """(T, B, d) input embeddings: tokens from the table, mask j from `masks[j - 1]`."""
+        n = rows.num_ntp
+        if not rows.num_masks:
+            return F.embedding(rows.ids, self.embed)
+        masks = self.masks.to(self.dtype)[: rows.k].repeat(rows.num_masks // rows.k, 1)
+        masks = masks.unsqueeze(1).expand(-1, rows.ids.shape[1], -1)
+        return torch.cat([F.embedding(rows.ids[:n], self.embed), masks])
+
+    def forward(self, rows: Rows, cache: KVCache) -> Tensor:
+        if rows.num_masks and self.mtp is None:
+            raise ValueError("the pass has mask rows and the model no adapter; add_adapter() or load_adapter() gives it one")
+        x = self.embed_rows(rows)
+        cos, sin = rotary_tables(rows.positions, self.frequencies, x.dtype)
+        for layer in self.layers:
+            x = layer(x, rows, (cos, sin), cache)
+        return self.norm(x)
+
+    def logits(self, z: Tensor) -> Tensor:
+        """(..., V) logits of hidden states (..., d)."""
+        return gated_lora_linear(z, self.lm_head)
+
+    def draft(self, z: Tensor, first: Tensor, use_sampler: bool = True) -> Tensor:
+        """(B, k) draft tokens from the states z (B, k, d) of a block's masks and the token before them, first (B,)."""
+        if use_sampler and self.sampler is not None:
+            return self.sampler.draft(z, first, self.embed, self.lm_head)
+        return self.logits(z).argmax(-1)
