@@ -32,14 +32,6 @@ def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Ten
     return y if bias is None else y + bias
 
 
-def _lora_groups(shrunk: Tensor, lora_b: Tensor, splits: tuple[int, ...]):
-    """For each projection: its rows of the output and of B, and its part of the shrunk input."""
-    rank, start = lora_b.shape[1], 0
-    for g, width in enumerate(splits):
-        yield slice(start, start + width), shrunk[:, g * rank : (g + 1) * rank], lora_b[start : start + width]
-        start += width
-
-
 def gated_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -56,25 +48,18 @@ def gated_lora_linear(
     rows = x.reshape(-1, x.shape[-1])
     y = _matmul(rows, weight, bias, None if residual is None else residual.reshape(-1, n))
     if lora_a is not None and gate is not None and rows.shape[0]:
-        splits = splits or (n,)
+        if splits is not None and len(splits) > 1:  # one product instead of one per projection
+            lora_b = torch.block_diag(*lora_b.split(splits))
         if isinstance(gate, Tensor):
             on = gate.reshape(-1).nonzero().squeeze(1)
-            active = rows[on]
-        else:
-            on = None
-            active = rows[gate:]
-        if active.shape[0]:
-            shrunk = F.linear(active, lora_a)
-            groups = _lora_groups(shrunk, lora_b, splits)
-            if on is None and not (torch.is_grad_enabled() and (y.requires_grad or shrunk.requires_grad)):
-                for columns, s, b in groups:  # in place: gate-off rows are not touched
-                    y[gate:, columns].addmm_(s, b.t(), alpha=scale)
+            y = y.index_add(0, on, F.linear(F.linear(rows[on], lora_a), lora_b), alpha=scale)
+        elif gate < rows.shape[0]:
+            shrunk = F.linear(rows[gate:], lora_a)
+            if torch.is_grad_enabled() and (y.requires_grad or shrunk.requires_grad):
+                delta = torch.addmm(y[gate:], shrunk, lora_b.t(), alpha=scale)
+                y = torch.cat([y[:gate], delta]) if gate else delta
             else:
-                delta = torch.cat([F.linear(s, b) for _, s, b in groups], dim=1) * scale
-                if on is not None:
-                    y = y.index_add(0, on, delta)
-                else:
-                    y = torch.cat([y[:gate], y[gate:] + delta]) if gate else y + delta
+                y[gate:].addmm_(shrunk, lora_b.t(), alpha=scale)
     return y.view(*x.shape[:-1], n)
 
 

@@ -1,0 +1,12 @@
+"""The demo: a small Llama trained on the Python standard library, its adapter, and held-out prompts.
+
+`base.py` trains the model, `answers.py` writes its own continuations, `python -m mtp_model train` trains the adapter; the
+README has the recipe. The library's source is under the Python Software Foundation License; `heldout.jsonl` quotes it.
+"""
+
+from pathlib import Path
+
+BASE = Path(__file__).parent / "base"
+ADAPTER = Path(__file__).parent / "adapter"
+ADAPTER_NO_LCM = Path(__file__).parent / "adapter-no-lcm"  # the same recipe without the consistency loss, for comparison
+HELD_OUT = Path(__file__).parent / "heldout.jsonl"

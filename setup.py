@@ -1,0 +1,22 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="mtp-kernels",
+    version="0.1.0",
+    description="Multi-token prediction with mask tokens: several tokens per step, and exactly the model's own text",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["mtp_kernels*", "mtp_model*"]),
+    package_data={"mtp_model.demo": ["base/*", "adapter/*", "adapter-no-lcm/*", "heldout.jsonl"]},
+    # Tried on torch 2.13 with transformers 5.17, and on the lower bounds named here.
+    install_requires=["torch>=2.9", "numpy>=1.26", "safetensors>=0.5", "tqdm>=4.60", "transformers>=5.0,<6"],
+    extras_require={
+        "triton": ["triton>=3.5; platform_system == 'Linux'"],
+        "plot": ["matplotlib>=3.8"],
+        "test": ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6"],
+    },
+)

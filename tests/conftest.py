@@ -1,0 +1,77 @@
+"""Toy models: random Llamas of a few thousand parameters, saved by transformers and opened by the package."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mtp_model import MTPConfig, load_model
+
+torch.set_num_threads(1)
+
+TOY = dict(
+    vocab_size=6, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=16, max_position_embeddings=2048, initializer_range=0.25, rms_norm_eps=1e-5, tie_word_embeddings=False,
+    bos_token_id=None, eos_token_id=None, pad_token_id=None,
+)  # fmt: skip
+
+
+def save_hf(directory, seed=0, max_shard_size=None, **config):
+    """A random LlamaForCausalLM in `directory`; returns it. Norm weights and biases are random too."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**TOY | config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(directory, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+    return model
+
+
+def randomise_adapter(model, seed=1):
+    """Random values everywhere in the adapter: B is zero in a fresh one, and masks would then do little."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.adapter_parameters().items():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name and "weight" in name else 0.3 * noise)
+    return model
+
+
+@pytest.fixture
+def make_hf_dir(tmp_path):
+    """make_hf_dir(name="model", seed=0, max_shard_size=None, **config) -> directory."""
+
+    def make(name="model", **options):
+        save_hf(tmp_path / name, **options)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def toy_model(make_hf_dir):
+    return load_model(make_hf_dir())
+
+
+@pytest.fixture
+def toy_adapter_model(make_hf_dir):
+    """toy_adapter_model(k=8, rank=4, sampler=True, **config) -> a loaded model with a random adapter."""
+
+    def make(k=8, rank=4, sampler=True, name="base", train_masks=False, **config):
+        model = load_model(make_hf_dir(name, **config))
+        model.add_adapter(MTPConfig(k, rank, alpha=2.0 * rank, sampler=sampler), train_masks=train_masks)
+        return randomise_adapter(model)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """One base in both forms, and the package's model with a random adapter of 8 masks. Not to be changed by a test."""
+    directory = tmp_path_factory.mktemp("shared") / "model"
+    hf = save_hf(directory, seed=3)
+    model = load_model(directory)
+    model.add_adapter(MTPConfig(8, 4))
+    return SimpleNamespace(directory=directory, hf=hf, model=randomise_adapter(model))

@@ -1,0 +1,218 @@
+"""Decoding writes what the model alone would write, counts honestly, and accepts only prefixes."""
+
+import pytest
+import torch
+
+import mtp_model.decode
+from mtp_model import Decoding, generate, load_model
+from mtp_model.layout import MODES
+
+PROMPTS = [[1, 2, 3, 4, 5], [0], [5, 5, 1], [2, 0, 4, 1, 3, 3, 2, 5, 0]]
+NEW = 24
+MULTI = [mode for mode in MODES if mode != "autoregressive"]
+
+
+@pytest.fixture(scope="module")
+def oracle(shared):
+    """Greedy decoding by whole forward passes of transformers' model on the growing sequence."""
+    texts = []
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            ids = list(prompt)
+            for _ in range(NEW):
+                ids.append(int(shared.hf(torch.tensor([ids])).logits[0, -1].argmax()))
+            texts.append(ids[len(prompt) :])
+    assert all(len(set(text)) > 1 for text in texts)
+    return texts
+
+
+def cut(tokens, eos):
+    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+
+
+@pytest.mark.parametrize("use_sampler", [True, False])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("k", [1, 2, 3, 8])
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_equal_autoregressive(shared, oracle, mode, k, batch, use_sampler):
+    prompts = PROMPTS[-batch:]
+    options = dict(mode=mode, k=k, max_new_tokens=NEW, use_sampler=use_sampler)
+    result = generate(shared.model, prompts, **options)
+    assert result.tokens == oracle[-batch:]
+    stats = result.stats
+    assert stats.tokens == [NEW] * batch
+    if mode == "autoregressive":
+        assert stats.tokens_per_step == stats.mean_tokens_per_step == 1.0
+        assert stats.offered == stats.accepted == []
+        return
+    assert 1 <= stats.tokens_per_step <= k + 1
+    assert len(stats.offered) == len(stats.accepted) == k
+    assert len(set(stats.offered)) == 1 and stats.offered[0] > 0
+    assert all(o >= a for o, a in zip(stats.offered, stats.accepted, strict=True))
+    assert stats.accepted == sorted(stats.accepted, reverse=True)
+
+
+def test_the_toy_accepts_and_rejects(shared):
+    """The comparison above says something only if drafts are sometimes right and sometimes wrong, in every mode."""
+    for mode in MULTI:
+        stats = generate(shared.model, PROMPTS, mode=mode, k=3, max_new_tokens=NEW).stats
+        assert 0 < stats.accepted[0] < stats.offered[0], mode
+        assert stats.accepted[1] > 0, mode
+        assert sum(stats.tokens) == sum(stats.passes) + sum(stats.accepted) or mode != "linear" and (
+            sum(stats.tokens) < sum(stats.passes) + sum(stats.accepted)
+        )  # every pass writes one token and its accepted drafts, but for those cut at the end
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batch_equals_one_by_one(shared, mode):
+    together = generate(shared.model, PROMPTS, mode=mode, k=2, max_new_tokens=17)
+    alone = [generate(shared.model, [p], mode=mode, k=2, max_new_tokens=17) for p in PROMPTS]
+    assert together.tokens == [r.tokens[0] for r in alone]
+    assert together.stats.tokens == [r.stats.tokens[0] for r in alone]
+    assert together.stats.passes == [r.stats.passes[0] for r in alone]
+    assert together.stats.accepted == [sum(c) for c in zip(*(r.stats.accepted for r in alone), strict=True)]
+    assert together.stats.offered == [sum(c) for c in zip(*(r.stats.offered for r in alone), strict=True)]
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("mode", MODES)
+def test_end_of_text_ends_a_sequence(shared, oracle, mode, k):
+    eos = oracle[0][4]
+    expected = [cut(text, eos) for text in oracle]
+    assert len({len(text) for text in expected}) > 1
+    result = generate(shared.model, PROMPTS, mode=mode, k=k, max_new_tokens=NEW, eos=[eos])
+    assert result.tokens == expected
+    assert result.stats.tokens == [len(text) for text in expected]
+    assert all(p <= t for p, t in zip(result.stats.passes, result.stats.tokens, strict=True))
+
+
+def test_end_of_text_defaults_to_the_models(make_hf_dir, oracle, shared, tmp_path):
+    eos = oracle[0][4]
+    model = load_model(make_hf_dir(seed=3, eos_token_id=[eos]))
+    plain = dict(mode="autoregressive", max_new_tokens=NEW)
+    assert generate(model, PROMPTS[:1], **plain).tokens == [cut(oracle[0], eos)]
+    assert generate(model, PROMPTS[:1], eos=(), **plain).tokens == [oracle[0]]
+
+
+@pytest.mark.parametrize("maximum", [1, 2, 5, 11])
+@pytest.mark.parametrize("mode", MODES)
+def test_maximum_is_exact(shared, oracle, mode, maximum):
+    result = generate(shared.model, PROMPTS, mode=mode, k=8, max_new_tokens=maximum)
+    assert result.tokens == [text[:maximum] for text in oracle]
+    assert result.stats.tokens == [maximum] * len(PROMPTS)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_passes_are_the_models_calls(shared, mode):
+    calls = []
+    handle = shared.model.register_forward_hook(lambda module, args, output: calls.append(output.shape[0]))
+    try:
+        stats = generate(shared.model, PROMPTS[:1], mode=mode, k=3, max_new_tokens=NEW).stats
+    finally:
+        handle.remove()
+    assert stats.passes == [len(calls)]
+    assert stats.tokens_per_step == NEW / len(calls)
+    drafted = {"autoregressive": 1, "linear": 7, "quadratic": 16, "quadratic-printed": 13}[mode]
+    undrafted = 1 if mode == "autoregressive" else 4
+    assert calls[0] == len(PROMPTS[0]) + (3 if mode != "autoregressive" else 0)
+    assert set(calls[1:]) == ({drafted, undrafted} if mode in ("linear", "quadratic-printed") else {drafted})
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_acceptance_replayed(shared, monkeypatch, k):
+    """Each step of a quadratic decoding emits y_0..y_a, a counted here by a loop over what was drafted and predicted."""
+    seen = []
+
+    def recording(drafts, predictions, counts=None):
+        seen.append((drafts[0].tolist(), predictions[0].tolist()))
+        return original(drafts, predictions, counts)
+
+    original = mtp_model.decode.accept
+    monkeypatch.setattr(mtp_model.decode, "accept", recording)
+    decoding = Decoding(shared.model, PROMPTS[:1], mode="quadratic", k=k, max_new_tokens=60, eos=())
+    steps = [new[0] for new in decoding]
+    assert len(seen) == len(steps) - 1 and len(steps[0]) == 1
+    counts, by_position = [], [0] * k
+    for (drafts, predictions), emitted in zip(seen, steps[1:], strict=True):
+        a = 0
+        while a < k and drafts[a] == predictions[a]:
+            by_position[a] += 1
+            a += 1
+        left = 60 - sum(counts) - len(steps[0])
+        assert emitted == predictions[: a + 1][:left]
+        counts.append(len(emitted))
+    assert sum(counts) + 1 == 60
+    assert max(counts) > 1 and min(counts[:-1]) == 1
+    assert decoding.stats.offered == [len(seen)] * k
+    assert decoding.stats.accepted[: k - 1] == by_position[: k - 1] or counts[-1] != a + 1
+
+
+def test_drafts_come_from_the_block_behind_the_last_accepted_token(shared, monkeypatch):
+    """A step's drafts equal those of a fresh decoding that starts with everything written so far as its prompt."""
+    seen = []
+
+    def recording(drafts, predictions, counts=None):
+        seen.append(drafts[0].tolist())
+        return original(drafts, predictions, counts)
+
+    original = mtp_model.decode.accept
+    monkeypatch.setattr(mtp_model.decode, "accept", recording)
+    decoding = Decoding(shared.model, PROMPTS[:1], mode="quadratic", k=3, max_new_tokens=30, eos=())
+    written, contexts = list(PROMPTS[0]), []
+    for new in decoding:
+        written += new[0]
+        contexts.append(written[:-1])  # the block stands behind the token before the newest
+    from_long_run = list(seen)
+    assert len({tuple(drafts) for drafts in from_long_run}) > 2
+    for context, drafts in zip(contexts, from_long_run, strict=False):
+        seen.clear()
+        generate(shared.model, [context], mode="quadratic", k=3, max_new_tokens=2, eos=())
+        assert seen[0] == drafts
+
+
+def test_streams_and_callback(shared):
+    decoding = Decoding(shared.model, PROMPTS, mode="linear", k=3, max_new_tokens=13, eos=[4])
+    steps = list(decoding)
+    joined = [[token for step in steps for token in step[b]] for b in range(len(PROMPTS))]
+    assert joined == decoding.tokens
+    assert len(steps) == max(decoding.stats.passes)
+    called = []
+    options = dict(mode="linear", k=3, max_new_tokens=13, eos=[4])
+    assert generate(shared.model, PROMPTS, on_tokens=called.append, **options).tokens == decoding.tokens
+    assert called == steps
+
+
+def test_gradients_stay_on_for_the_caller(shared):
+    for _ in Decoding(shared.model, PROMPTS[:1], k=2, max_new_tokens=4):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_seconds(shared):
+    seconds = generate(shared.model, PROMPTS[:1], mode="quadratic", k=2, max_new_tokens=9).stats.seconds
+    assert set(seconds) == {"verify", "draft", "other"}
+    assert min(seconds.values()) > 0
+    assert generate(shared.model, PROMPTS[:1], mode="autoregressive", max_new_tokens=3).stats.seconds["draft"] == 0
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (dict(mode="cubic"), "mode"),
+        (dict(k=9), "adapter's 8"),
+        (dict(k=0), "k is 0"),
+        (dict(prompts=[]), "at least one token"),
+        (dict(prompts=[[1], []]), "at least one token"),
+        (dict(prompts=[[1], [6]]), "prompt 1"),
+        (dict(prompts=[[-1]]), "outside 0 to 5"),
+        (dict(max_new_tokens=0), "max_new_tokens"),
+    ],
+)
+def test_errors(shared, options, word):
+    with pytest.raises(ValueError, match=word):
+        Decoding(shared.model, options.pop("prompts", PROMPTS), **options)
+
+
+def test_no_adapter(toy_model):
+    with pytest.raises(ValueError, match="adapter"):
+        Decoding(toy_model, PROMPTS, mode="quadratic")
+    assert len(generate(toy_model, [[1]], mode="autoregressive", max_new_tokens=3).tokens[0]) == 3

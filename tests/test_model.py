@@ -1,0 +1,182 @@
+"""The model computes what transformers' Llama computes, and an adapter never touches an ordinary token's row."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from mtp_model import MTPConfig, load_model
+from mtp_model.cache import KVCache
+from mtp_model.layout import decoding_layout, prefill_layout, training_layout
+
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32,
+    rope_theta=10000.0,
+)  # fmt: skip
+SHAPES = {
+    "gqa": {},
+    "tied": dict(tie_word_embeddings=True),
+    "mha": dict(num_key_value_heads=4),
+    "mqa": dict(num_key_value_heads=1),
+    "head_dim from hidden": dict(head_dim=None, num_attention_heads=2, num_key_value_heads=1),
+    "wide heads": dict(hidden_size=40, head_dim=24, num_attention_heads=6, num_key_value_heads=3),
+    "llama3 rope": dict(rope_parameters=LLAMA3),
+    "linear rope": dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)),
+    "large theta": dict(rope_parameters=dict(rope_type="default", rope_theta=500000.0)),
+    "attention bias": dict(attention_bias=True),
+    "mlp bias": dict(mlp_bias=True, rms_norm_eps=1e-6),
+    "odd intermediate": dict(intermediate_size=37, vocab_size=61),
+    "one layer": dict(num_hidden_layers=1, hidden_size=64),
+    "sharded": dict(max_shard_size="10KB", vocab_size=97),
+}
+
+
+def ntp_pass(model, ids, start, cache):
+    """Logits of ordinary tokens (T, B) behind start[b] cached ones."""
+    layout = training_layout(ids.shape[0], torch.zeros(0, ids.shape[1], dtype=torch.int64), 1)
+    return model.logits(model(layout.at(ids, start), cache))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_logits_equal_transformers(make_hf_dir, name):
+    directory = make_hf_dir(**SHAPES[name])
+    assert (directory / "model.safetensors.index.json").exists() == (name == "sharded")
+    model, hf = load_model(directory), LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, model.config.vocab_size, (40, 2), generator=generator)
+    expected = hf(ids.t()).logits.transpose(0, 1)
+    assert expected.std() > 0.1
+    cache = KVCache(model.config, 2, 40)
+    torch.testing.assert_close(ntp_pass(model, ids, [0, 0], cache), expected, atol=1e-4, rtol=1e-4)
+
+    # Again through the cache: prompts of 7 and 4 tokens, padded, then pieces behind different lengths.
+    cache = KVCache(model.config, 2, 64)
+    layout = prefill_layout([7, 4], 0)
+    z = model(layout.at(torch.cat([ids[:4], torch.stack([ids[4:7, 0], torch.zeros(3, dtype=torch.int64)], 1)]), [0, 0]), cache)
+    first = model.logits(z)
+    torch.testing.assert_close(first[:7, 0], expected[:7, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(first[:4, 1], expected[:4, 1], atol=1e-4, rtol=1e-4)
+    cache.commit([7, 4])
+    for size in (1, 2, 5, 1, 11):
+        at = list(cache.lengths)
+        piece = torch.stack([ids[n : n + size, b] for b, n in enumerate(at)], dim=1)
+        wanted = torch.stack([expected[n : n + size, b] for b, n in enumerate(at)], dim=1)
+        torch.testing.assert_close(ntp_pass(model, piece, at, cache), wanted, atol=1e-4, rtol=1e-4)
+        cache.commit([size, size])
+
+
+@torch.no_grad()
+def test_older_config_form(make_hf_dir):
+    """transformers 4 wrote `rope_theta` and `rope_scaling` side by side, with `type` in the oldest files."""
+    directory = make_hf_dir(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=5000.0))
+    ids = torch.arange(24).remainder(6).unsqueeze(1)
+    model = load_model(directory)
+    new = ntp_pass(model, ids, [0], KVCache(model.config, 1, 24))
+    config = json.loads((directory / "config.json").read_text())
+    del config["rope_parameters"]
+    plain = config | {"rope_theta": 5000.0}
+    config = plain | {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    (directory / "config.json").write_text(json.dumps(config))
+    model = load_model(directory)
+    assert torch.equal(ntp_pass(model, ids, [0], KVCache(model.config, 1, 24)), new)
+    (directory / "config.json").write_text(json.dumps(plain | {"rope_scaling": None}))
+    model = load_model(directory)
+    assert not torch.allclose(ntp_pass(model, ids, [0], KVCache(model.config, 1, 24)), new, atol=1e-3)
+
+
+@torch.no_grad()
+def test_adapter_leaves_ordinary_rows_alone(toy_model, toy_adapter_model):
+    ids = torch.tensor([[1, 2], [3, 4], [5, 0], [2, 2], [1, 0]])
+    base = ntp_pass(toy_model, ids, [0, 0], KVCache(toy_model.config, 2, 8))
+    adapted = toy_adapter_model(k=3)
+    assert torch.equal(ntp_pass(adapted, ids, [0, 0], KVCache(adapted.config, 2, 8)), base)
+    adapted.remove_adapter()
+    assert adapted.adapter_parameters() == {} and adapted.mtp is None
+    assert torch.equal(ntp_pass(adapted, ids, [0, 0], KVCache(adapted.config, 2, 8)), base)
+
+
+@pytest.mark.parametrize("mode, k", [("linear", 3), ("quadratic", 1), ("quadratic", 3), ("quadratic", 8)])
+@pytest.mark.parametrize("committed", [[9, 9], [9, 4]])
+@torch.no_grad()
+def test_masks_do_not_change_ordinary_rows(toy_adapter_model, mode, k, committed):
+    model = toy_adapter_model()
+    generator = torch.Generator().manual_seed(6)
+    ids = torch.randint(0, 6, (9 + k + 1, 2), generator=generator)
+    logits = []
+    for with_masks in (False, True):
+        cache = KVCache(model.config, 2, 128)
+        ntp_pass(model, ids[:9], [0, 0], cache)
+        cache.commit(committed)
+        if with_masks:
+            rows = decoding_layout(mode, k, (True, True)).at(ids[9:], cache.lengths, 6)
+            logits.append(model.logits(model(rows, cache)[: k + 1]))
+        else:
+            logits.append(ntp_pass(model, ids[9:], cache.lengths, cache))
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
+    if torch.backends.mkl.is_available():
+        assert torch.equal(logits[0], logits[1])
+
+
+@torch.no_grad()
+def test_masks_see_their_adapter(toy_adapter_model):
+    """Mask rows depend on LoRA, on their own embedding, and on nothing that stands in another block."""
+    model = toy_adapter_model(k=2)
+    rows = decoding_layout("quadratic", 2, (True,)).at(torch.tensor([[1], [2], [3]]), [0], 6)
+    before = model(rows, KVCache(model.config, 1, 16))
+    model.masks[1] += 1.0
+    after = model(rows, KVCache(model.config, 1, 16))
+    changed = [bool((before[t] != after[t]).any()) for t in range(rows.ids.shape[0])]
+    assert changed == [False] * 3 + [False, True] * 3
+    model.layers[0].o_proj.lora_B.zero_()
+    assert not torch.equal(model(rows, KVCache(model.config, 1, 16))[3:], after[3:])
+
+
+def test_adding_and_removing(toy_model):
+    with pytest.raises(ValueError, match="no adapter"):
+        toy_model(prefill_layout([2], 2).at(torch.tensor([[1], [2]]), [0], 6), KVCache(toy_model.config, 1, 8))
+    toy_model.add_adapter(MTPConfig(2, 4))
+    assert {p.requires_grad for n, p in toy_model.adapter_parameters().items() if n != "masks"} == {True}
+    assert not toy_model.masks.requires_grad
+    base = [p for n, p in toy_model.named_parameters() if n not in toy_model.adapter_parameters()]
+    assert base and not any(p.requires_grad for p in base)
+    with pytest.raises(ValueError, match="already"):
+        toy_model.add_adapter(MTPConfig(2, 4))
+    toy_model.remove_adapter()
+    toy_model.add_adapter(MTPConfig(3, 2, sampler=False), train_masks=True)
+    assert toy_model.masks.requires_grad and toy_model.masks.shape[0] == 3 and toy_model.sampler is None
+
+
+def test_fresh_adapter_depends_on_its_seed_alone(toy_model):
+    def fresh(seed):
+        toy_model.add_adapter(MTPConfig(2, 4), seed=seed)
+        out = {n: p.detach().clone() for n, p in toy_model.adapter_parameters().items()}
+        toy_model.remove_adapter()
+        return out
+
+    first = fresh(1)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    again = fresh(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert not torch.equal(first["masks"], fresh(2)["masks"])
+    assert all(not p.any() for n, p in first.items() if n.endswith("lora_B"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision(make_hf_dir, dtype):
+    directory = make_hf_dir()
+    model, exact = load_model(directory, dtype=dtype), load_model(directory)
+    ids = torch.arange(12).remainder(6).unsqueeze(1)
+    logits = ntp_pass(model, ids, [0], KVCache(model.config, 1, 12, dtype=dtype))
+    assert logits.dtype == dtype
+    expected = ntp_pass(exact, ids, [0], KVCache(model.config, 1, 12))
+    torch.testing.assert_close(logits.float(), expected, atol=0.1 * float(expected.std()), rtol=0.1)
+    model.add_adapter(MTPConfig(2, 4), dtype=torch.float32)
+    rows = prefill_layout([12], 2).at(ids, [0], 6)
+    z = model(rows, KVCache(model.config, 1, 16, dtype=dtype))
+    assert z.dtype == dtype and z.isfinite().all()
+    assert model.draft(z[None, 12:, 0], torch.tensor([1])).shape == (1, 2)
