@@ -37,17 +37,18 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: 
         raise ValueError(f"{name} has shape {_shape(tensor)}; accepted is {meaning} = {tuple(expected)}")
 
 
-def _check_floating(first_name: str, first: Tensor, **others: Tensor | None) -> None:
+def _check_floating(names: str, first: Tensor, *others: Tensor | None) -> None:
+    """One floating dtype and one device for all; `names` lists them in order. None stands for an argument not passed."""
     dtype, device = first.dtype, first.device
     if dtype not in DTYPES:
-        raise ValueError(f"{first_name} has dtype {dtype}; accepted are {', '.join(map(str, DTYPES))}")
-    for name, tensor in others.items():
-        if tensor is None:
-            continue
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype} and {first_name} {dtype}; accepted is one dtype for both")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} and {first_name} on {device}; accepted is one device for both")
+        raise ValueError(f"{names.split()[0]} has dtype {dtype}; accepted are {', '.join(map(str, DTYPES))}")
+    for i, tensor in enumerate(others, 1):
+        if tensor is not None and (tensor.dtype is not dtype or tensor.device != device):
+            one, other = names.split()[0], names.split()[i]
+            raise ValueError(
+                f"{other} is {tensor.dtype} on {tensor.device} and {one} {dtype} on {device}; accepted is one dtype and one "
+                f"device for both"
+            )
 
 
 def _check_integer(name: str, tensor: Tensor, device: torch.device) -> None:
@@ -87,7 +88,7 @@ def gated_lora_linear(
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has shape {_shape(x)} and weight {_shape(weight)}; accepted are x (..., K) and weight (N, K)")
     n, k = weight.shape
-    _check_floating("x", x, weight=weight, lora_a=lora_a, lora_b=lora_b, bias=bias, residual=residual)
+    _check_floating("x weight lora_a lora_b bias residual", x, weight, lora_a, lora_b, bias, residual)
     if bias is not None:
         _check_shape("bias", bias, (n,), "(N,)")
     if residual is not None:
@@ -100,8 +101,8 @@ def gated_lora_linear(
         groups = 1 if splits is None else len(splits)
         if splits is not None and (sum(splits) != n or min(splits, default=0) < 1):
             raise ValueError(f"splits is {splits}; accepted are positive sizes that add up to N = {n}")
-        rank = lora_b.shape[-1]
-        if lora_b.ndim != 2 or not 1 <= rank <= MAX_RANK:
+        rank = lora_b.shape[-1] if lora_b.ndim == 2 else 0
+        if not 1 <= rank <= MAX_RANK:
             raise ValueError(f"lora_b has shape {_shape(lora_b)}; accepted is (N, R) with R from 1 to {MAX_RANK}")
         _check_shape("lora_b", lora_b, (n, rank), "(N, R)")
         _check_shape("lora_a", lora_a, (groups * rank, k), "(G * R, K)")
@@ -118,6 +119,17 @@ def gated_lora_linear(
     return module.gated_lora_linear(
         x, weight, lora_a, lora_b, gate, scale=scale, splits=splits, bias=bias, residual=residual
     )  # fmt: skip
+
+
+def _check_rule(rule: AttentionRule, t: int, b: int, device: torch.device) -> None:
+    _check_shape("rule.visible", rule.visible, (t, b), "(T, B)")
+    _check_shape("rule.block", rule.block, (t,), "(T,)")
+    _check_shape("rule.slot", rule.slot, (t,), "(T,)")
+    _check_shape("rule.mask_start", rule.mask_start, (b,), "(B,)")
+    for name in ("visible", "block", "slot", "mask_start"):
+        _check_integer(f"rule.{name}", getattr(rule, name), device)
+    if not 0 <= rule.num_masks <= t:
+        raise ValueError(f"rule.num_masks is {rule.num_masks}; accepted is 0 to T = {t}")
 
 
 def attention(
@@ -146,15 +158,10 @@ def attention(
     _check_shape("v", v, tuple(k.shape), "k's shape")
     if not k.shape[1] or h % k.shape[1]:
         raise ValueError(f"q has {h} heads and k {k.shape[1]}; accepted is a number of query heads that is a multiple of the key heads")
-    _check_floating("q", q, k=k, v=v)
-    _check_shape("rule.visible", rule.visible, (t, b), "(T, B)")
-    _check_shape("rule.block", rule.block, (t,), "(T,)")
-    _check_shape("rule.slot", rule.slot, (t,), "(T,)")
-    _check_shape("rule.mask_start", rule.mask_start, (b,), "(B,)")
-    for name in ("visible", "block", "slot", "mask_start"):
-        _check_integer(f"rule.{name}", getattr(rule, name), q.device)
-    if not 0 <= rule.num_masks <= t:
-        raise ValueError(f"rule.num_masks is {rule.num_masks}; accepted is 0 to T = {t}")
+    _check_floating("q k v", q, k, v)
+    if rule._cache.get("checked") != (t, b, q.device):  # a rule serves every layer of a pass
+        _check_rule(rule, t, b, q.device)
+        rule._cache["checked"] = (t, b, q.device)
     if not 1 <= rule.num_keys <= k.shape[2]:
         raise ValueError(f"rule.num_keys is {rule.num_keys}; accepted is 1 to S = {k.shape[2]}")
     return module.attention(q, k, v, rule, scale=scale)
@@ -170,7 +177,7 @@ def rms_norm(
     """
     module = _implementation(implementation)
     _check_shape("weight", weight, tuple(x.shape[-1:]), "(d,), x's last dimension,")
-    _check_floating("x", x, weight=weight, residual=residual)
+    _check_floating("x weight residual", x, weight, residual)
     if residual is not None:
         _check_shape("residual", residual, tuple(x.shape), "x's shape")
     return module.rms_norm(x, weight, eps, residual)
@@ -199,7 +206,10 @@ def rotary_frequencies(head_dim: int, theta: float = 10000.0, scaling: dict | No
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency, each positions.shape + (D / 2,), computed in float32 and returned in `dtype`."""
+    """The factors of `rotary_embedding`: c = [cos a, cos a] and s = [-sin a, sin a], a = position * frequency.
+
+    positions: (...) integer. frequencies: (D / 2,) float32. Returns two (..., D), computed in float32, in `dtype`.
+    """
     _check_integer("positions", positions, frequencies.device)
     if frequencies.ndim != 1:
         raise ValueError(f"frequencies has shape {_shape(frequencies)}; accepted is (D / 2,)")
@@ -209,16 +219,16 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = t
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, implementation: str | None = None) -> Tensor:
     """Rotate each head: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the halves of D (Llama's layout).
 
-    x: (..., H, D). cos, sin: (..., D / 2), see `rotary_tables`. Returns x's shape. Differentiable in x.
-    Raises ValueError for other shapes, dtypes or devices.
+    x: (..., H, D). cos, sin: (..., D), see `rotary_tables` (sin's first half is negated, so y = x cos + swap(x) sin).
+    Returns x's shape. Differentiable in x. Raises ValueError for other shapes, dtypes or devices.
     """
     module = _implementation(implementation)
     if x.ndim < 2 or x.shape[-1] % 2:
         raise ValueError(f"x has shape {_shape(x)}; accepted is (..., H, D) with even D")
-    expected = (*x.shape[:-2], x.shape[-1] // 2)
-    _check_shape("cos", cos, expected, "(..., D / 2)")
-    _check_shape("sin", sin, expected, "(..., D / 2)")
-    _check_floating("x", x, cos=cos, sin=sin)
+    expected = (*x.shape[:-2], x.shape[-1])
+    _check_shape("cos", cos, expected, "(..., D)")
+    _check_shape("sin", sin, expected, "(..., D)")
+    _check_floating("x cos sin", x, cos, sin)
     return module.rotary_embedding(x, cos, sin)
 
 
@@ -232,6 +242,9 @@ def swiglu(x: Tensor, *, implementation: str | None = None) -> Tensor:
         raise ValueError(f"x has shape {_shape(x)}; accepted is (..., 2 F)")
     _check_floating("x", x)
     return module.swiglu(x)
+
+
+_SAMPLER_NAMES = " ".join(f"weights.{name}" for name in SamplerWeights._fields)
 
 
 def _check_sampler(weights: SamplerWeights, d: int) -> None:
@@ -253,7 +266,7 @@ def sampler_hidden(
     module = _implementation(implementation)
     _check_shape("previous", previous, tuple(z.shape), "z's shape")
     _check_sampler(weights, z.shape[-1])
-    _check_floating("z", z, previous=previous, **weights._asdict())
+    _check_floating("z previous " + _SAMPLER_NAMES, z, previous, *weights)
     return module.sampler_hidden(previous, z, weights)
 
 
@@ -281,7 +294,7 @@ def sampler_draft(
     _check_shape("embedding", embedding, (embedding.shape[0], d), "(V, d)")
     _check_shape("lm_head", lm_head, (lm_head.shape[0], d), "(V, d)")
     _check_sampler(weights, d)
-    _check_floating("z", z, embedding=embedding, lm_head=lm_head, **weights._asdict())
+    _check_floating("z embedding lm_head " + _SAMPLER_NAMES, z, embedding, lm_head, *weights)
     return module.sampler_draft(z, first, embedding, weights, lm_head)
 
 
@@ -306,7 +319,7 @@ def linear_cross_entropy(
     _check_shape("labels", labels, tuple(hidden.shape[:-1]), "hidden's leading shape")
     if labels.dtype != torch.int64 or labels.device != hidden.device:
         raise ValueError(f"labels are {labels.dtype} on {labels.device}; accepted is torch.int64 on {hidden.device}")
-    _check_floating("hidden", hidden, lm_head=lm_head)
+    _check_floating("hidden lm_head", hidden, lm_head)
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; accepted is 1 or more")
     return module.linear_cross_entropy(hidden, lm_head, labels, ignore_index=ignore_index, chunk=chunk)

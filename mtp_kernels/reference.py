@@ -3,10 +3,12 @@
 It is the oracle of the tests, the path taken on a CPU, and the eager baseline of the benchmarks. Arguments are taken as
 valid; `ops` checks them.
 
-Row independence. On a CPU in float32 with MKL, a row's result has the same bits however many rows stand beside it,
-provided that weights are stored input-major (`weight.t()` contiguous; `mtp_model` stores them so): MKL then sums over the
-input features in one fixed order for any number of rows from two up, and a single row is computed as two. Attention
-adds up values in pieces of `KEY_CHUNK` keys by absolute index for the same reason.
+Row independence. On a CPU in float32 with MKL, a row's result has the same bits however many rows stand beside it:
+a matrix product's order of summation must depend on the weight's shape alone. MKL's does if weights are stored
+input-major (`weight.t()` contiguous; `mtp_model` stores them so) and there are two rows or more, so a single row is
+computed as two. In attention it does from `MIN_ROWS` rows up if the number of keys is fixed, so keys are taken in pieces of
+exactly `KEY_CHUNK` columns by absolute index, the pieces' sums added in order. These are observations of MKL 2024.2, held
+by tests; on another CPU library results may differ in the last bit.
 """
 
 import math
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from mtp_kernels.types import AttentionRule, SamplerWeights
 
 KEY_CHUNK = 256
+MIN_ROWS = 8
 
 
 def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -45,9 +48,9 @@ def gated_lora_linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     n = weight.shape[0]
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1])
     y = _matmul(rows, weight, bias, None if residual is None else residual.reshape(-1, n))
-    if lora_a is not None and gate is not None and rows.shape[0]:
+    if gate is not None and rows.shape[0]:
         if splits is not None and len(splits) > 1:  # one product instead of one per projection
             lora_b = torch.block_diag(*lora_b.split(splits))
         if isinstance(gate, Tensor):
@@ -66,8 +69,8 @@ def gated_lora_linear(
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None):
     if residual is not None:
         x = x + residual
-    if x.dtype == torch.float32:
-        y = F.rms_norm(x, weight.shape, weight, eps)
+    if x.dtype is torch.float32:
+        y = torch.rms_norm(x, weight.shape, weight, eps)
     else:  # normalised in float32, rounded, then weighted: the order of transformers' Llama
         y = F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
     return y if residual is None else (y, x)
@@ -88,46 +91,39 @@ def rotary_frequencies(head_dim: int, theta: float = 10000.0, scaling: dict | No
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    angles = positions.unsqueeze(-1).float() * frequencies
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = positions.unsqueeze(-1) * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    halves = x.unflatten(-1, (2, -1))
-    cos, sin = cos.unsqueeze(-2).unsqueeze(-2), torch.stack((-sin, sin), dim=-2).unsqueeze(-3)
-    return torch.addcmul(halves * cos, halves.flip(-2), sin).flatten(-2)
+    return torch.addcmul(x * cos.unsqueeze(-2), x.roll(x.shape[-1] // 2, -1), sin.unsqueeze(-2))
 
 
 def swiglu(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    half = x.shape[-1] // 2
+    return F.silu(x[..., :half]) * x[..., half:]
 
 
 def _additive(allowed: Tensor) -> Tensor:
-    return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, -math.inf)
+    return torch.where(allowed, 0.0, -math.inf)
 
 
-def allowed_keys(rule: AttentionRule) -> Tensor:
-    """The rule as a dense boolean (B, T, num_keys): the oracle that layouts and kernels are held against."""
-    columns = torch.arange(rule.num_keys, device=rule.visible.device)
+def allowed_keys(rule: AttentionRule, num_columns: int | None = None) -> Tensor:
+    """The rule as a dense boolean (B, T, num_columns): the oracle that layouts and kernels are held against.
+
+    num_columns: default the rule's num_keys; no row may attend a column past it.
+    """
+    columns = torch.arange(num_columns or rule.num_keys, device=rule.visible.device)
     allowed = columns < rule.visible.t().unsqueeze(-1)
     if rule.num_masks:
         first = rule.visible.shape[0] - rule.num_masks
         own = (rule.block.unsqueeze(1) == rule.block[first:]) & (rule.slot[first:] <= rule.slot.unsqueeze(1))
-        index = columns - rule.mask_start.unsqueeze(1)  # (B, num_keys): which mask a column holds
+        index = columns - rule.mask_start.unsqueeze(1)  # (B, num_columns): which mask a column holds
         inside = (index >= 0) & (index < rule.num_masks)
-        picked = own[:, index.clamp(0, rule.num_masks - 1)]  # (T, B, num_keys)
+        picked = own[:, index.clamp(0, rule.num_masks - 1)]  # (T, B, num_columns)
         allowed = allowed | (picked.transpose(0, 1) & inside.unsqueeze(1))
     return allowed
-
-
-def _weighted_sum(probabilities: Tensor, values: Tensor) -> Tensor:
-    """P V, the keys in pieces of KEY_CHUNK by absolute index, added in order."""
-    out = torch.bmm(probabilities[..., :KEY_CHUNK], values[:, :KEY_CHUNK])
-    for start in range(KEY_CHUNK, values.shape[1], KEY_CHUNK):
-        piece = slice(start, start + KEY_CHUNK)
-        out = out + torch.bmm(probabilities[..., piece], values[:, piece])
-    return out
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, *, scale: float | None = None) -> Tensor:
@@ -142,21 +138,32 @@ def attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, *, scale: fl
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale: float) -> Tensor:
     t, b, h, d = q.shape
-    if t == 1 and q.device.type == "cpu" and h == k.shape[1]:  # as in _matmul: never a matrix-vector product
-        twice = AttentionRule(rule.visible.expand(2, -1), rule.block.expand(2), rule.slot.expand(2), rule.mask_start,
-                              0, rule.num_keys)  # fmt: skip
-        return _dense_attention(q.expand(2, -1, -1, -1), k, v, twice, scale)[:1]
     kv_heads = k.shape[1]
     groups = h // kv_heads
-    if "bias" not in rule._cache:  # once per pass, for all layers
-        bias = _additive(allowed_keys(rule)).repeat(1, groups, 1)
-        rule._cache["bias"] = bias if b == 1 else bias.repeat_interleave(kv_heads, dim=0)
-    keys = k[:, :, : rule.num_keys].reshape(b * kv_heads, rule.num_keys, d)
-    values = v[:, :, : rule.num_keys].reshape(b * kv_heads, rule.num_keys, d)
+    rows = max(groups * t, MIN_ROWS)
+    columns = -(-rule.num_keys // KEY_CHUNK) * KEY_CHUNK
+    key = (rows, groups, kv_heads)
+    if key not in rule._cache:  # once per pass, for all layers
+        bias = _additive(allowed_keys(rule, columns)).repeat(1, groups, 1)
+        bias = F.pad(bias, (0, 0, 0, rows - groups * t))
+        rule._cache[key] = (bias if b == 1 else bias.repeat_interleave(kv_heads, dim=0)).split(KEY_CHUNK, dim=-1)
+    if columns > k.shape[2]:
+        k, v = (F.pad(x, (0, 0, 0, columns - x.shape[2])) for x in (k, v))
+    keys = k[:, :, :columns].reshape(b * kv_heads, columns, d).split(KEY_CHUNK, dim=1)
+    values = v[:, :, :columns].reshape(b * kv_heads, columns, d).split(KEY_CHUNK, dim=1)
     packed = q.view(t, b, kv_heads, groups, d).permute(1, 2, 3, 0, 4).reshape(b * kv_heads, groups * t, d)
-    scores = torch.baddbmm(rule._cache["bias"], packed, keys.transpose(1, 2), alpha=scale)
-    out = _weighted_sum(scores.softmax(-1), values)
-    return out.view(b, kv_heads, groups, t, d).permute(3, 0, 1, 2, 4).reshape(t, b, h, d)
+    if rows > groups * t:
+        packed = F.pad(packed, (0, 0, 0, rows - groups * t))
+    scores = [
+        torch.baddbmm(bias, packed, piece.transpose(1, 2), alpha=scale)
+        for bias, piece in zip(rule._cache[key], keys, strict=True)
+    ]
+    probabilities = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)).softmax(-1).split(KEY_CHUNK, dim=-1)
+    out = torch.bmm(probabilities[0], values[0])
+    for p, piece in zip(probabilities[1:], values[1:], strict=True):
+        out = out + torch.bmm(p, piece)
+    out = out[:, : groups * t].unflatten(1, (groups, t)).unflatten(0, (b, kv_heads))
+    return out.permute(3, 0, 1, 2, 4).reshape(t, b, h, d)
 
 
 def _block_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale: float) -> Tensor:
@@ -167,18 +174,19 @@ def _block_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale
     start = int(rule.mask_start[0])
     if not bool((rule.mask_start == start).all()):
         return _dense_attention(q, k, v, rule, scale)
-    if "block_bias" not in rule._cache:
+    key = ("blocks", groups, kv_heads)
+    if key not in rule._cache:
         past = torch.arange(start, device=q.device) < rule.visible.t().unsqueeze(-1)  # (B, T, start)
         past = past.view(b, blocks, 1, size, start).expand(-1, -1, groups, -1, -1).reshape(b, blocks * groups * size, start)
         own = torch.ones(size, size, dtype=torch.bool, device=q.device).tril().repeat(groups, 1)
-        rule._cache["block_bias"] = _additive(past).repeat_interleave(kv_heads, dim=0), _additive(own)
-    past_bias, own_bias = rule._cache["block_bias"]
+        rule._cache[key] = _additive(past).repeat_interleave(kv_heads, dim=0), _additive(own)
+    past_bias, own_bias = rule._cache[key]
     packed = q.view(blocks, size, b, kv_heads, groups, d).permute(2, 3, 0, 4, 1, 5)  # (B, H_kv, blocks, groups, k, D)
     rows = packed.reshape(b * kv_heads, blocks * groups * size, d)
     past_keys, past_values = (x[:, :, :start].reshape(b * kv_heads, start, d) for x in (k, v))
     own_keys, own_values = (x[:, :, start : start + t].reshape(b * kv_heads * blocks, size, d) for x in (k, v))
     past_scores = torch.baddbmm(past_bias, rows, past_keys.transpose(1, 2), alpha=scale)
-    own_scores = torch.baddbmm(own_bias, rows.view(-1, groups * size, d), own_keys.transpose(1, 2), alpha=scale)
+    own_scores = torch.baddbmm(own_bias, rows.reshape(-1, groups * size, d), own_keys.transpose(1, 2), alpha=scale)
     scores = torch.cat([past_scores, own_scores.view(b * kv_heads, -1, size)], dim=-1)
     past_p, own_p = scores.softmax(-1).split([start, size], dim=-1)
     out = torch.bmm(past_p, past_values)

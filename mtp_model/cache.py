@@ -15,20 +15,20 @@ from torch import Tensor
 
 from mtp_model.config import ModelConfig
 
+_ALIGNMENT = 256  # columns; whole pieces, so that attention in pieces of this many never needs a padded copy
+
 
 class KVCache:
     """Keys and values of `batch` sequences, up to `capacity` columns each; `lengths[b]` of them are committed."""
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, device=None, dtype: torch.dtype = torch.float32):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        columns = -(-capacity // _ALIGNMENT) * _ALIGNMENT
+        shape = (batch, config.num_key_value_heads, columns, config.head_dim)
         # Zeros, not empty memory: a column nobody may attend still enters a product with probability 0, and 0 * NaN is NaN.
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.capacity = capacity
         self.lengths = [0] * batch
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[3]
 
     def update(self, layer: int, k: Tensor, v: Tensor, start: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Put a pass's K/V, (T, B, H_kv, D) each, at columns start[b].. and return the layer's (B, H_kv, S, D) pair.
@@ -44,7 +44,7 @@ class KVCache:
             n = start[0]  # training starts every sequence's masks at the same column
             return torch.cat([keys[:, :, :n], k], dim=2), torch.cat([values[:, :, :n], v], dim=2)
         rows = k.shape[2]
-        if len(set(start)) == 1:
+        if start.count(start[0]) == len(start):
             keys[:, :, start[0] : start[0] + rows] = k
             values[:, :, start[0] : start[0] + rows] = v
         else:

@@ -49,7 +49,10 @@ class _Tensors:
         self.directory = directory
         index = directory / "model.safetensors.index.json"
         if index.exists():
-            self.files = {name: directory / file for name, file in _read_json(index).get("weight_map", {}).items()}
+            names = _read_json(index).get("weight_map")
+            if not isinstance(names, dict):
+                raise ValueError(f"{index} has no weight_map from tensor names to files")
+            self.files = {name: directory / file for name, file in names.items()}
         elif (directory / "model.safetensors").exists():
             self.files = {name: directory / "model.safetensors" for name in self._open(directory / "model.safetensors").keys()}
         else:
@@ -216,10 +219,10 @@ def load_adapter(directory: str | Path) -> Adapter:
     values = _read_json(directory / ADAPTER_CONFIG)
     if values.get("format") != FORMAT:
         raise ValueError(f"{directory / ADAPTER_CONFIG} has format {values.get('format')!r}; accepted is {FORMAT!r}")
-    try:
-        config, base = MTPConfig.from_dict(values["adapter"]), dict(values["base"])
-    except KeyError as error:
-        raise ValueError(f"{directory / ADAPTER_CONFIG} lacks {error}") from None
+    for key in ("adapter", "base"):
+        if not isinstance(values.get(key), dict):
+            raise ValueError(f"{directory / ADAPTER_CONFIG} lacks the object {key!r}")
+    config, base = MTPConfig.from_dict(values["adapter"]), values["base"]
     try:
         tensors = load_file(directory / ADAPTER_WEIGHTS)
     except (SafetensorError, OSError) as error:

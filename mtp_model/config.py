@@ -82,10 +82,15 @@ class MTPConfig:
     sampler: bool = True
 
     def __post_init__(self):
+        for name in ("num_masks", "rank"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; accepted is an integer")
         if not 1 <= self.num_masks <= MAX_MASKS:
             raise ValueError(f"num_masks is {self.num_masks}; accepted are 1 to {MAX_MASKS}")
         if not 1 <= self.rank <= 512:
             raise ValueError(f"rank is {self.rank}; accepted are 1 to 512")
+        if self.alpha is not None and not (isinstance(self.alpha, (int, float)) and self.alpha > 0):
+            raise ValueError(f"alpha is {self.alpha!r}; accepted is a positive number, or None for the rank")
         if self.alpha is None:
             object.__setattr__(self, "alpha", float(self.rank))
 

@@ -48,7 +48,10 @@ def _pieces(record: dict, tokenizer, end: list[int]) -> list[tuple[list[int], bo
         return tokenizer(text, add_special_tokens=special)["input_ids"]
 
     if "prompt_ids" in record and "response_ids" in record:
-        return [(list(record["prompt_ids"]), False), (list(record["response_ids"]), True)]
+        for name in ("prompt_ids", "response_ids"):
+            if not isinstance(record[name], list) or not all(type(t) is int for t in record[name]):
+                raise ValueError(f"{name} is not a list of integers")
+        return [(record["prompt_ids"], False), (record["response_ids"], True)]
     if "prompt" in record and "response" in record:
         return [(encode(record["prompt"], special=True), False), (encode(record["response"]) + end, True)]
     if "text" in record:

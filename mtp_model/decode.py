@@ -80,8 +80,8 @@ class Decoding:
             raise ValueError(f"mode {mode!r} needs an adapter and the model has none; accepted without one is 'autoregressive'")
         else:
             k = model.mtp.num_masks if k is None else k
-            if not 1 <= k <= model.mtp.num_masks:
-                raise ValueError(f"k is {k}; accepted are 1 to the adapter's {model.mtp.num_masks}")
+            if type(k) is not int or not 1 <= k <= model.mtp.num_masks:
+                raise ValueError(f"k is {k!r}; accepted are 1 to the adapter's {model.mtp.num_masks}")
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("accepted are one or more prompts of at least one token each")
         vocab = model.config.vocab_size

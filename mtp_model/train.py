@@ -60,6 +60,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted is 1 or more")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; accepted is 0 or more")
         if self.anchors_per_sequence is not None and self.anchors_per_sequence < 1:
             raise ValueError(f"anchors_per_sequence is {self.anchors_per_sequence}; accepted is 1 or more, or None")
         for name, low, high in (("lr", 0, math.inf), ("clip", 0, math.inf), ("mask_decay", 0, 1)):

@@ -11,7 +11,8 @@ from mtp_model import MTPConfig, load_model
 torch.set_num_threads(1)
 
 TOY = dict(
-    vocab_size=6, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=6, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2,
     head_dim=16, max_position_embeddings=2048, initializer_range=0.25, rms_norm_eps=1e-5, tie_word_embeddings=False,
     bos_token_id=None, eos_token_id=None, pad_token_id=None,
 )  # fmt: skip

@@ -58,9 +58,8 @@ def test_the_toy_accepts_and_rejects(shared):
         stats = generate(shared.model, PROMPTS, mode=mode, k=3, max_new_tokens=NEW).stats
         assert 0 < stats.accepted[0] < stats.offered[0], mode
         assert stats.accepted[1] > 0, mode
-        assert sum(stats.tokens) == sum(stats.passes) + sum(stats.accepted) or mode != "linear" and (
-            sum(stats.tokens) < sum(stats.passes) + sum(stats.accepted)
-        )  # every pass writes one token and its accepted drafts, but for those cut at the end
+        surplus = sum(stats.passes) + sum(stats.accepted) - sum(stats.tokens)
+        assert 0 <= surplus <= len(PROMPTS)  # a pass writes a token and its accepted drafts; the last one may be cut
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -120,7 +119,7 @@ def test_passes_are_the_models_calls(shared, mode):
 
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_acceptance_replayed(shared, monkeypatch, k):
-    """Each step of a quadratic decoding emits y_0..y_a, a counted here by a loop over what was drafted and predicted."""
+    """A step of a quadratic decoding emits y_0..y_a, a counted here by a loop over what was drafted and predicted."""
     seen = []
 
     def recording(drafts, predictions, counts=None):
@@ -136,15 +135,16 @@ def test_acceptance_replayed(shared, monkeypatch, k):
     for (drafts, predictions), emitted in zip(seen, steps[1:], strict=True):
         a = 0
         while a < k and drafts[a] == predictions[a]:
-            by_position[a] += 1
             a += 1
         left = 60 - sum(counts) - len(steps[0])
         assert emitted == predictions[: a + 1][:left]
         counts.append(len(emitted))
+        for i in range(min(a, len(emitted))):  # a draft cut off at the maximum is not counted
+            by_position[i] += 1
     assert sum(counts) + 1 == 60
     assert max(counts) > 1 and min(counts[:-1]) == 1
     assert decoding.stats.offered == [len(seen)] * k
-    assert decoding.stats.accepted[: k - 1] == by_position[: k - 1] or counts[-1] != a + 1
+    assert decoding.stats.accepted == by_position
 
 
 def test_drafts_come_from_the_block_behind_the_last_accepted_token(shared, monkeypatch):
@@ -200,6 +200,7 @@ def test_seconds(shared):
         (dict(mode="cubic"), "mode"),
         (dict(k=9), "adapter's 8"),
         (dict(k=0), "k is 0"),
+        (dict(k=2.0), "k is 2.0"),
         (dict(prompts=[]), "at least one token"),
         (dict(prompts=[[1], []]), "at least one token"),
         (dict(prompts=[[1], [6]]), "prompt 1"),

@@ -20,7 +20,7 @@ SHAPES = {
     "mha": dict(num_key_value_heads=4),
     "mqa": dict(num_key_value_heads=1),
     "head_dim from hidden": dict(head_dim=None, num_attention_heads=2, num_key_value_heads=1),
-    "wide heads": dict(hidden_size=40, head_dim=24, num_attention_heads=6, num_key_value_heads=3),
+    "wide heads": dict(hidden_size=48, head_dim=24, num_attention_heads=6, num_key_value_heads=3),
     "llama3 rope": dict(rope_parameters=LLAMA3),
     "linear rope": dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)),
     "large theta": dict(rope_parameters=dict(rope_type="default", rope_theta=500000.0)),
@@ -54,7 +54,9 @@ def test_logits_equal_transformers(make_hf_dir, name):
     # Again through the cache: prompts of 7 and 4 tokens, padded, then pieces behind different lengths.
     cache = KVCache(model.config, 2, 64)
     layout = prefill_layout([7, 4], 0)
-    z = model(layout.at(torch.cat([ids[:4], torch.stack([ids[4:7, 0], torch.zeros(3, dtype=torch.int64)], 1)]), [0, 0]), cache)
+    padded = ids[:7].clone()
+    padded[4:, 1] = 0
+    z = model(layout.at(padded, [0, 0]), cache)
     first = model.logits(z)
     torch.testing.assert_close(first[:7, 0], expected[:7, 0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(first[:4, 1], expected[:4, 1], atol=1e-4, rtol=1e-4)
@@ -98,22 +100,22 @@ def test_adapter_leaves_ordinary_rows_alone(toy_model, toy_adapter_model):
 
 
 @pytest.mark.parametrize("mode, k", [("linear", 3), ("quadratic", 1), ("quadratic", 3), ("quadratic", 8)])
-@pytest.mark.parametrize("committed", [[9, 9], [9, 4]])
+@pytest.mark.parametrize("committed", [[20, 20], [20, 17]])
 @torch.no_grad()
 def test_masks_do_not_change_ordinary_rows(toy_adapter_model, mode, k, committed):
     model = toy_adapter_model()
     generator = torch.Generator().manual_seed(6)
-    ids = torch.randint(0, 6, (9 + k + 1, 2), generator=generator)
+    ids = torch.randint(0, 6, (20 + k + 1, 2), generator=generator)
     logits = []
     for with_masks in (False, True):
         cache = KVCache(model.config, 2, 128)
-        ntp_pass(model, ids[:9], [0, 0], cache)
+        ntp_pass(model, ids[:20], [0, 0], cache)
         cache.commit(committed)
         if with_masks:
-            rows = decoding_layout(mode, k, (True, True)).at(ids[9:], cache.lengths, 6)
+            rows = decoding_layout(mode, k, (True, True)).at(ids[20:], cache.lengths, 6)
             logits.append(model.logits(model(rows, cache)[: k + 1]))
         else:
-            logits.append(ntp_pass(model, ids[9:], cache.lengths, cache))
+            logits.append(ntp_pass(model, ids[20:], cache.lengths, cache))
     torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
     if torch.backends.mkl.is_available():
         assert torch.equal(logits[0], logits[1])

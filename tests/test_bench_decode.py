@@ -1,0 +1,96 @@
+"""`python -m bench.decode` at toy size: it runs, it writes what it says, and its numbers hang together."""
+
+import json
+
+import pytest
+import torch
+
+from bench import decode
+from bench.report import PeakMemory, quartiles, table
+from mtp_model.demo import ADAPTER, BASE
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    code = decode.main(["--num-prompts", "2", "--new-tokens", "12", "--repeats", "1", "--k", "2", "4", "--out", str(out)])
+    return code, json.loads((out / "decode.json").read_text()), out
+
+
+def test_main_job_runs_and_is_exact(result):
+    code, values, _ = result
+    assert code == 0
+    ours = [r for r in values["rows"] if r["passes"]]
+    assert [(r["name"], r["k"]) for r in ours] == [("autoregressive", 0), ("linear", 2), ("linear", 4), ("quadratic", 2), ("quadratic", 4)]
+    for row in ours:
+        assert row["identical"] == row["compared"] == 2
+        assert 1 <= row["tokens_per_step"] <= row["k"] + 1
+        assert row["tokens_per_step"] == row["tokens"] / row["passes"]
+    assert ours[0]["tokens_per_step"] == 1 and ours[0]["speedup"] == [1, 1, 1]
+
+
+def test_json_names_settings_versions_and_commit(result):
+    _, values, _ = result
+    assert values["settings"]["new_tokens"] == 12 and values["settings"]["dtype"] == "float32"
+    assert values["environment"]["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert {"date", "device", "commit", "cpu_threads"} <= set(values["environment"])
+    assert any(r["name"] == "transformers generate" for r in values["rows"])
+
+
+def test_sample_brackets_hold_only_drafts():
+    model = decode.load_adapter(ADAPTER).apply(decode.load_model(BASE, dtype=torch.float32))
+    tokenizer = decode.load_tokenizer(BASE)
+    prompt = tokenizer("def main():\n    for i in range(")["input_ids"]
+    text = decode.sample(model, tokenizer, prompt, decode.Row("quadratic", 4), 30, colour=False)
+    plain = decode.generate(model, [prompt], mode="autoregressive", max_new_tokens=30).tokens[0]
+    body = text.split("\n\n(in brackets")[0]
+    assert body != tokenizer.decode(prompt) + tokenizer.decode(plain)  # something was drafted and marked
+    coloured = decode.sample(model, tokenizer, prompt, decode.Row("quadratic", 4), 30, colour=True).split("\n\n(green")[0]
+    for code in ("\033[2m", "\033[32m", "\033[0m"):
+        coloured = coloured.replace(code, "")
+    assert coloured == tokenizer.decode(prompt) + tokenizer.decode(plain)
+
+
+def test_check_counts_a_wrong_text(monkeypatch):
+    model = decode.load_adapter(ADAPTER).apply(decode.load_model(BASE, dtype=torch.float32))
+    prompts = [decode.load_tokenizer(BASE)("import os\n")["input_ids"]]
+    assert decode.check(model, prompts, 8, [2])[1]
+    measure = decode.measure
+
+    def wrong(row, *args, **options):
+        tokens = measure(row, *args, **options)
+        return [[t[0] ^ 1, *t[1:]] for t in tokens] if row.name == "linear" else tokens
+
+    monkeypatch.setattr(decode, "measure", wrong)
+    text, good = decode.check(model, prompts, 8, [2])
+    assert not good and "0 of 1" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [(["--k", "9"], "--k"), (["--batch", "0"], "--batch"), (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"), (["--adapter", "nowhere"], "nowhere")],
+)
+def test_bad_arguments_are_named(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        decode.main(arguments)
+
+
+def test_prompts_file_errors_name_the_line(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        decode.read_prompts(path, decode.load_tokenizer(BASE), 4)
+
+
+def test_peak_memory_sees_an_allocation():
+    with PeakMemory(torch.device("cpu")) as small:
+        torch.ones(1)
+    with PeakMemory(torch.device("cpu")) as large:
+        torch.ones(64 * 2**20 // 4)
+    assert large.mib >= small.mib + 50
+
+
+def test_report_helpers():
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, 2.0, 4.0)
+    lines = table(["a", "b"], [["x", "10"], ["long", "1"]]).splitlines()
+    assert len({len(line) for line in lines}) == 1 and lines[1].endswith(":|")

@@ -1,0 +1,69 @@
+"""The cache's worked example, step by step, and its refusal to overflow."""
+
+import pytest
+import torch
+
+from mtp_model.cache import KVCache
+from mtp_model.config import ModelConfig
+
+CONFIG = ModelConfig(6, 8, 8, 2, 2, 1, 4)
+
+
+def named(*values):
+    """Keys of rows, (T, 1, 1, 4), each filled with one number."""
+    return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 1, 1, 4)
+
+
+def columns(cache, layer=0, b=0):
+    assert torch.equal(cache.values[layer], -cache.keys[layer])
+    return cache.keys[layer][b, 0, : cache.capacity, 0].tolist()
+
+
+@pytest.mark.parametrize("right, committed, row", [(True, 2, 5), (False, 1, 4)])
+def test_worked_example(right, committed, row):
+    """Three tokens 1 2 3, then t = 4, d1 = 5 with a mask after each (8, 9); the next step writes 6."""
+    cache = KVCache(CONFIG, 1, 10)
+    cache.update(0, named(1, 2, 3), -named(1, 2, 3), (0,))
+    cache.commit([3])
+    keys, values = cache.update(0, named(4, 5, 8, 9), -named(4, 5, 8, 9), (3,))
+    assert keys[0, 0, :10, 0].tolist() == [1, 2, 3, 4, 5, 8, 9, 0, 0, 0] and torch.equal(values, -keys)
+    cache.commit([committed])
+    assert cache.lengths == [row]
+    cache.update(0, named(6), -named(6), tuple(cache.lengths))
+    expected = [1, 2, 3, 4, 5, 6, 9] if right else [1, 2, 3, 4, 6, 8, 9]
+    assert columns(cache) == [*expected, 0, 0, 0]
+    assert not cache.keys[1].any()
+
+
+def test_different_starts():
+    cache = KVCache(CONFIG, 2, 6)
+    rows = named(1, 2).expand(-1, 2, -1, -1) * torch.tensor([1.0, 10.0]).view(1, 2, 1, 1)
+    cache.update(1, rows, -rows, (3, 1))
+    assert columns(cache, 1, 0) == [0, 0, 0, 1, 2, 0]
+    assert columns(cache, 1, 1) == [0, 10, 20, 0, 0, 0]
+    cache.commit([2, 0])
+    cache.commit([1, 4])
+    assert cache.lengths == [3, 4]
+
+
+def test_capacity():
+    cache = KVCache(CONFIG, 2, 6)
+    assert cache.capacity == 6
+    rows = torch.ones(3, 2, 1, 4)
+    cache.update(0, rows, -rows, (3, 0))
+    with pytest.raises(ValueError, match="7 columns are needed; the cache has 6"):
+        cache.update(0, rows, -rows, (0, 4))
+    assert columns(cache, 0, 1) == [1, 1, 1, 0, 0, 0]
+    with pytest.raises(ValueError):
+        cache.commit([1])
+
+
+def test_rows_with_gradients_are_not_kept():
+    cache = KVCache(CONFIG, 1, 3)
+    cache.update(0, named(1, 2, 3), -named(1, 2, 3), (0,))
+    masks = named(7, 8).clone().requires_grad_()
+    keys, values = cache.update(0, masks, -masks, (3,))
+    assert keys[0, 0, :, 0].tolist() == [1, 2, 3, 7, 8] and torch.equal(values, -keys)
+    keys.sum().backward()
+    assert bool((masks.grad == 1).all())
+    assert columns(cache) == [1, 2, 3]

@@ -1,0 +1,247 @@
+"""Model and adapter directories: what is written comes back bit for bit, and what is wrong is named."""
+
+import json
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mtp_model import MTPConfig, MTPModel, ModelConfig, load_adapter, load_model, save_adapter
+from mtp_model.cache import KVCache
+from mtp_model.layout import prefill_layout
+
+
+def states(model, k):
+    rows = prefill_layout([4], k).at(torch.tensor([[1], [3], [5], [2]]), [0], 6)
+    with torch.no_grad():
+        return model(rows, KVCache(model.config, 1, 16))
+
+
+def edit_json(path, **changes):
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+
+
+def edit_tensors(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("sampler", [True, False])
+def test_adapter_round_trip(toy_adapter_model, tmp_path, sampler):
+    model = toy_adapter_model(k=3, rank=2, sampler=sampler)
+    save_adapter(model, tmp_path / "adapter", {"from": "a test"})
+    before, parameters = states(model, 3), {n: p.detach().clone() for n, p in model.adapter_parameters().items()}
+    model.remove_adapter()
+    adapter = load_adapter(tmp_path / "adapter")
+    assert adapter.config == MTPConfig(3, 2, alpha=4.0, sampler=sampler) and adapter.notes == {"from": "a test"}
+    assert adapter.apply(model) is model
+    assert torch.equal(states(model, 3), before)
+    assert all(torch.equal(p, parameters[n]) for n, p in model.adapter_parameters().items())
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+
+
+def test_names_and_shapes(toy_adapter_model, tmp_path):
+    """One A and B per projection, as in PEFT, whatever the model stacks inside."""
+    model = toy_adapter_model(k=3, rank=2)
+    save_adapter(model, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    d, f, q, kv = 32, 48, 64, 32
+    sizes = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q), "gate_proj": (f, d),
+             "up_proj": (f, d), "down_proj": (d, f)}  # fmt: skip
+    expected = {"masks": (3, d)}
+    for i in range(2):
+        for name, (out, size) in sizes.items():
+            expected[f"layers.{i}.{name}.lora_A"], expected[f"layers.{i}.{name}.lora_B"] = (2, size), (out, 2)
+    got = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.startswith("sampler.")}
+    assert got == expected
+    assert tuple(tensors["sampler.linear1.weight"].shape) == (d, 2 * d)
+    stacked = model.layers[1].qkv_proj
+    assert torch.equal(stacked.lora_A[2:4], tensors["layers.1.k_proj.lora_A"])
+    assert torch.equal(stacked.lora_B[q + kv :], tensors["layers.1.v_proj.lora_B"])
+
+
+def test_nothing_to_save(toy_model, tmp_path):
+    with pytest.raises(ValueError, match="no adapter"):
+        save_adapter(toy_model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.fixture
+def adapter_dir(toy_adapter_model, tmp_path):
+    save_adapter(toy_adapter_model(k=3, rank=2), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    "config, word",
+    [
+        (dict(seed=8), "fingerprint"),
+        (dict(intermediate_size=40), "intermediate_size"),
+        (dict(num_hidden_layers=1), "num_hidden_layers"),
+    ],
+)
+def test_wrong_base(adapter_dir, make_hf_dir, config, word):
+    other = load_model(make_hf_dir("other", **config))
+    with pytest.raises(ValueError, match=f"another base model: .*{word}"):
+        load_adapter(adapter_dir).apply(other)
+    assert other.mtp is None
+
+
+def test_right_base_opened_again(adapter_dir, tmp_path):
+    model = load_adapter(adapter_dir).apply(load_model(tmp_path / "base"))
+    with pytest.raises(ValueError, match="already"):
+        load_adapter(adapter_dir).apply(model)
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (lambda t: t.pop("layers.1.up_proj.lora_A"), r"missing \['layers.1.up_proj.lora_A'\]"),
+        (lambda t: t.update(extra=torch.zeros(1)), r"unknown \['extra'\]"),
+        (lambda t: t.update(masks=torch.zeros(2, 32)), r"masks has shape \(2, 32\)"),
+        (lambda t: t.update({"layers.0.q_proj.lora_B": torch.zeros(64, 3)}), "layers.0.q_proj.lora_B has shape"),
+    ],
+)
+def test_tensors_that_do_not_fit(adapter_dir, tmp_path, change, word):
+    edit_tensors(adapter_dir / "adapter_model.safetensors", change)
+    model = load_model(tmp_path / "base")
+    with pytest.raises(ValueError, match=word):
+        load_adapter(adapter_dir).apply(model)
+    assert model.mtp is None and model.adapter_parameters() == {}
+
+
+@pytest.mark.parametrize("field, value", [("num_masks", 4), ("rank", 3), ("sampler", False)])
+def test_config_that_does_not_fit(adapter_dir, tmp_path, field, value):
+    adapter = load_adapter(adapter_dir)
+    with pytest.raises(ValueError, match="adapter tensor"):
+        replace(adapter, config=replace(adapter.config, **{field: value})).apply(load_model(tmp_path / "base"))
+
+
+@pytest.mark.parametrize(
+    "damage, word",
+    [
+        (lambda d: (d / "adapter_config.json").unlink(), "has no adapter_config.json"),
+        (lambda d: (d / "adapter_config.json").write_text("{"), "is not JSON"),
+        (lambda d: (d / "adapter_config.json").write_text("[1]"), "holds a list"),
+        (lambda d: edit_json(d / "adapter_config.json", format="other"), "format 'other'"),
+        (lambda d: edit_json(d / "adapter_config.json", base=...), "lacks the object 'base'"),
+        (lambda d: edit_json(d / "adapter_config.json", adapter={"colour": 1}), "colour"),
+        (lambda d: edit_json(d / "adapter_config.json", adapter={"num_masks": 17}), "num_masks is 17"),
+        (lambda d: edit_json(d / "adapter_config.json", adapter={"rank": 0}), "rank is 0"),
+        (lambda d: edit_json(d / "adapter_config.json", adapter={"rank": "4"}), "rank is '4'"),
+        (lambda d: edit_json(d / "adapter_config.json", adapter={"num_masks": 2.5}), "num_masks is 2.5"),
+        (lambda d: edit_json(d / "adapter_config.json", adapter={"alpha": "x"}), "alpha is 'x'"),
+        (lambda d: edit_json(d / "adapter_config.json", base=[1]), "lacks the object 'base'"),
+        (lambda d: (d / "adapter_model.safetensors").unlink(), "cannot be read as safetensors"),
+        (lambda d: (d / "adapter_model.safetensors").write_bytes(b"not tensors at all"), "cannot be read"),
+    ],
+)
+def test_damaged_adapter(adapter_dir, damage, word):
+    damage(adapter_dir)
+    with pytest.raises(ValueError, match=word):
+        load_adapter(adapter_dir)
+
+
+def test_truncated_adapter(adapter_dir):
+    path = adapter_dir / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        load_adapter(adapter_dir)
+
+
+@pytest.mark.parametrize("load", [load_model, load_adapter])
+def test_not_a_directory(tmp_path, load):
+    with pytest.raises(ValueError, match="is not a directory"):
+        load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "damage, word",
+    [
+        (lambda d: edit_json(d / "config.json", model_type="mamba"), "model_type is 'mamba'"),
+        (lambda d: edit_json(d / "config.json", hidden_act="gelu"), "hidden_act"),
+        (lambda d: edit_json(d / "config.json", vocab_size=...), "lacks vocab_size"),
+        (lambda d: edit_json(d / "config.json", num_key_value_heads=3), "num_key_value_heads 3"),
+        (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "yarn", "factor": 2.0}), "'yarn'"),
+        (lambda d: edit_json(d / "config.json", rope_parameters=..., rope_scaling={"type": "dynamic"}), "'dynamic'"),
+        (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "linear"}), "lacks factor"),
+        (lambda d: edit_json(d / "config.json", intermediate_size=40), "gate_proj.weight .* has shape"),
+        (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'), "has no weight_map"),
+        (lambda d: edit_json(d / "config.json", vocab_size=7), "embed_tokens.weight .* has shape"),
+        (lambda d: edit_json(d / "config.json", num_hidden_layers=3), "lacks the tensor model.layers.2"),
+        (lambda d: edit_json(d / "config.json", attention_bias=True), "lacks the tensor .*q_proj.bias"),
+        (lambda d: edit_tensors(d / "model.safetensors", lambda t: t.pop("lm_head.weight")), "lacks .*lm_head"),
+        (lambda d: (d / "config.json").unlink(), "has no config.json"),
+        (lambda d: (d / "config.json").write_text("nonsense"), "is not JSON"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\0" * 64), "cannot be read as safetensors"),
+        (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
+    ],
+)
+def test_damaged_model(make_hf_dir, damage, word):
+    directory = make_hf_dir()
+    damage(directory)
+    with pytest.raises(ValueError, match=word):
+        load_model(directory)
+
+
+def test_damaged_shards(make_hf_dir):
+    directory = make_hf_dir(max_shard_size="10KB")
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    name = "model.layers.1.mlp.up_proj.weight"
+    shard = directory / index["weight_map"][name]
+    content = shard.read_bytes()
+    edit_tensors(shard, lambda t: t.pop(name))
+    with pytest.raises(ValueError, match=f"lacks the tensor {name} that the index places there"):
+        load_model(directory)
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"{shard.name} cannot be read"):
+        load_model(directory)
+    shard.write_bytes(content)
+    assert load_model(directory).config.num_hidden_layers == 2
+
+
+class Trap:
+    """Unpickling this leaves a trace."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_pickles_are_never_opened(make_hf_dir, tmp_path, name):
+    directory = make_hf_dir()
+    (directory / "model.safetensors").unlink()
+    (directory / name).write_bytes(pickle.dumps(Trap(str(tmp_path / "sprung"))))
+    with pytest.raises(ValueError, match="neither model.safetensors" if name.endswith("bin") else "cannot be read"):
+        load_model(directory)
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads((directory / name).read_bytes()).close()
+    assert (tmp_path / "sprung").exists()  # the trap works
+
+
+def test_dtype_is_the_checkpoints(make_hf_dir):
+    directory = make_hf_dir()
+    assert load_model(directory).dtype == torch.float32
+    edit_tensors(directory / "model.safetensors", lambda t: t.update({n: x.bfloat16() for n, x in t.items()}))
+    assert load_model(directory).dtype == torch.bfloat16
+    assert load_model(directory, dtype=torch.float32).dtype == torch.float32
+
+
+def test_adapter_config_defaults():
+    assert MTPConfig(rank=16).alpha == 16.0
+    with pytest.raises(ValueError, match="num_masks is 0"):
+        MTPConfig(0)
+    with pytest.raises(ValueError, match="rank is 513"):
+        MTPConfig(rank=513)
+
+
+def test_a_model_without_a_checkpoint():
+    model = MTPModel(ModelConfig(6, 32, 48, 1, 4, 2, 8, tie_word_embeddings=True))
+    assert model.lm_head is model.embed and states(model, 0).shape == (4, 1, 32)

@@ -1,0 +1,70 @@
+"""Who imports whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ORDER = ["config", "layout", "cache", "layers", "model", "checkpoint", "decode", "data", "loss", "train", "__main__"]
+
+
+def imports(path):
+    """(module, imported name or None) for every import in a file, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def test_reference_stands_alone():
+    modules = {module for module, _ in imports(ROOT / "mtp_kernels" / "reference.py")}
+    assert {m for m in modules if m.split(".")[0] != "torch"} == {"math", "mtp_kernels.types"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "mtp_kernels").glob("*.py")), ids=lambda p: p.name)
+def test_kernels_know_nothing_of_the_model(path):
+    for module, _ in imports(path):
+        assert module.split(".")[0] not in ("mtp_model", "transformers", "safetensors")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "mtp_model").glob("*.py")), ids=lambda p: p.name)
+def test_model_uses_the_public_operations(path):
+    import mtp_kernels
+
+    for module, name in imports(path):
+        if module == "mtp_kernels":
+            assert name in mtp_kernels.__all__
+        elif module.startswith("mtp_kernels."):
+            assert module == "mtp_kernels.nn" and not name.startswith("_")
+
+
+def test_every_module_has_its_place():
+    assert sorted(p.stem for p in (ROOT / "mtp_model").glob("*.py")) == sorted([*ORDER, "__init__"])
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_no_import_goes_back(name):
+    for module, _ in imports(ROOT / "mtp_model" / f"{name}.py"):
+        parts = module.split(".")
+        if parts[0] != "mtp_model" or parts[1:2] == ["demo"]:
+            continue
+        assert len(parts) == 2, f"{name} imports from the package itself"
+        assert ORDER.index(parts[1]) < ORDER.index(name), f"{name} imports {parts[1]}"
+
+
+def test_nothing_imports_benchmarks_or_tests():
+    for package in ("mtp_kernels", "mtp_model"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert not {m.split(".")[0] for m, _ in imports(path)} & {"bench", "tests", "conftest"}, path.name
+
+
+@pytest.mark.parametrize("package", ["mtp_kernels", "mtp_model"])
+def test_import_without_optional_packages(package):
+    code = f"import sys; sys.modules.update(triton=None, transformers=None); import {package}; {package}.__all__"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,199 @@
+"""The layouts' pictures, and the attention rule, against loops over labelled rows and keys."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtp_kernels.reference import allowed_keys
+from mtp_model.layout import MODES, decoding_layout, prefill_layout, training_layout
+
+PICTURES = {
+    "autoregressive": """
+        0 | 0""",
+    "linear": """
+        0 | 0      |
+        1 | 0 0    |
+        2 | 0 0 0  |
+        3 | 0 0 0  | 0
+        4 | 0 0 0  | 0 0""",
+    "quadratic": """
+        0 | 0      |     |     |
+        1 | 0 0    |     |     |
+        2 | 0 0 0  |     |     |
+        1 | 0      | 0   |     |
+        2 | 0      | 0 0 |     |
+        2 | 0 0    |     | 0   |
+        3 | 0 0    |     | 0 0 |
+        3 | 0 0 0  |     |     | 0
+        4 | 0 0 0  |     |     | 0 0""",
+    "quadratic-printed": """
+        0 | 0      |     |
+        1 | 0 0    |     |
+        2 | 0 0 0  |     |
+        2 | 0 0    | 0   |
+        3 | 0 0    | 0 0 |
+        3 | 0 0 0  |     | 0
+        4 | 0 0 0  |     | 0 0""",
+}
+PICTURES["prefill"] = PICTURES["linear"]
+PICTURES["training"] = PICTURES["quadratic"]
+UNDRAFTED = """
+        0 | 0 |
+        1 | 0 | 0
+        2 | 0 | 0 0"""
+
+
+def drawn(picture, widths):
+    """Positions and allowed columns of a picture; widths: how many keys each of its fields stands for."""
+    positions, allowed = [], []
+    for line in picture.strip().splitlines():
+        position, *fields = line.split("|")
+        positions.append(int(position))
+        row = []
+        for field, width in zip(fields, widths, strict=True):
+            count = len(field.split())
+            row += [True] * count + [False] * (width - count)
+        allowed.append(row)
+    return positions, allowed
+
+
+def check_picture(layout, picture, widths):
+    positions, allowed = drawn(picture, widths)
+    for batch, start in ((layout.batch, 0), (layout.batch, 5)):
+        rows = layout.at(torch.zeros(layout.num_ntp, batch, dtype=torch.int64), [start] * batch, 10)
+        assert rows.positions[:, 0].tolist() == [p + start for p in positions]
+        table = allowed_keys(rows.rule)[0]
+        assert bool(table[:, :start].all())
+        assert table[:, start:].tolist() == allowed
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_decoding_pictures(mode):
+    blocks = {"autoregressive": 0, "linear": 1, "quadratic": 3, "quadratic-printed": 2}[mode]
+    layout = decoding_layout(mode, 2, (True,))
+    check_picture(layout, PICTURES[mode], [3 if blocks else 1] + [2] * blocks)
+    assert layout.num_rows == {"autoregressive": 1, "linear": 5, "quadratic": 9, "quadratic-printed": 7}[mode]
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_step_without_drafts(mode):
+    check_picture(decoding_layout(mode, 2, (False,)), UNDRAFTED, [1, 2])
+
+
+def test_prefill_and_training_pictures():
+    check_picture(prefill_layout([3], 2), PICTURES["prefill"], [3, 2])
+    check_picture(prefill_layout([1], 0), PICTURES["autoregressive"], [1])
+    check_picture(training_layout(3, torch.tensor([[0], [1], [2]]), 2), PICTURES["training"], [3, 2, 2, 2])
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 8, 16])
+def test_rows_per_step(k):
+    """The table of the method: 1, 1 + 2 k, (k + 1)^2 and 1 + k + k^2 rows."""
+    counts = [decoding_layout(mode, k, (True, False)).num_rows for mode in MODES]
+    assert counts == [1, 1 + 2 * k, (k + 1) ** 2, 1 + k + k * k]
+
+
+def check_rows(rows, starts, num_ntp, anchors, k, vocab):
+    """anchors[b]: the anchors of sequence b, in order. Every row and key is labelled, and labels are compared."""
+    allowed = allowed_keys(rows.rule)
+    assert rows.num_masks == len(anchors[0]) * k and rows.num_ntp == num_ntp
+    for b, n in enumerate(starts):
+        labels = [("ntp", n + i, 0) for i in range(num_ntp)]
+        labels += [(block, n + anchor + j, j) for block, anchor in enumerate(anchors[b]) for j in range(1, k + 1)]
+        columns = {i: ("ntp", i) for i in range(n + num_ntp)}
+        for m, (block, _, j) in enumerate(labels[num_ntp:]):
+            columns[n + num_ntp + m] = (block, j)
+        for t, (kind, position, j) in enumerate(labels):
+            assert int(rows.positions[t, b]) == position
+            if kind != "ntp":
+                assert int(rows.ids[t, b]) == vocab + j - 1
+            last = position - j  # the newest ordinary token that the row sees: itself, or its anchor
+            for column in range(rows.rule.num_keys):
+                owner = columns.get(column)
+                if owner is None:
+                    expected = False
+                elif owner[0] == "ntp":
+                    expected = owner[1] <= last
+                else:
+                    expected = owner[0] == kind and owner[1] <= j
+                assert bool(allowed[b, t, column]) == expected, (b, t, column)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_training_layouts(data):
+    length, k, batch = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
+    count = data.draw(st.integers(0, 4))
+    column = st.lists(st.integers(0, length - 1), min_size=count, max_size=count)
+    anchors = [data.draw(column) for _ in range(batch)]
+    starts = data.draw(st.lists(st.integers(0, 9), min_size=batch, max_size=batch))
+    table = torch.tensor(anchors, dtype=torch.int64).view(batch, count).t()
+    ids = torch.zeros(length, batch, dtype=torch.int64)
+    check_rows(training_layout(length, table, k).at(ids, starts, 50), starts, length, anchors, k, 50)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_decoding_layouts(data):
+    mode, k = data.draw(st.sampled_from(MODES)), data.draw(st.integers(1, 4))
+    drafted = tuple(data.draw(st.lists(st.booleans(), min_size=1, max_size=4)))
+    starts = [data.draw(st.integers(1, 9)) for _ in drafted]
+    if mode == "autoregressive":
+        num_ntp, anchors = 1, [[] for _ in drafted]
+    elif not any(drafted):
+        num_ntp, anchors = 1, [[0] for _ in drafted]
+    else:
+        num_ntp = k + 1
+        usual = {"linear": [k], "quadratic": list(range(k + 1)), "quadratic-printed": list(range(1, k + 1))}[mode]
+        anchors = [usual if has else [0] * len(usual) for has in drafted]
+    rows = decoding_layout(mode, k, drafted).at(torch.zeros(num_ntp, len(drafted), dtype=torch.int64), starts, 7)
+    check_rows(rows, starts, num_ntp, anchors, k if mode != "autoregressive" else 1, 7)
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4), k=st.integers(0, 4))
+def test_prefill_layouts(lengths, k):
+    anchors = [[n - 1] if k else [] for n in lengths]
+    ids = torch.zeros(max(lengths), len(lengths), dtype=torch.int64)
+    rows = prefill_layout(lengths, k).at(ids, [0] * len(lengths), 5)
+    check_rows(rows, [0] * len(lengths), max(lengths), anchors, max(k, 1), 5)
+
+
+def test_parts_of_a_pass():
+    ids = torch.tensor([[3, 4], [1, 0], [2, 2]])
+    rows = decoding_layout("quadratic", 2, (True, True)).at(ids, [6, 4], 10)
+    whole = allowed_keys(rows.rule)
+    ntp, masks = rows.ntp_rows(), rows.mask_rows()
+    assert ntp.gate is None and ntp.num_masks == 0 and torch.equal(ntp.ids, ids) and ntp.start == (6, 4)
+    assert masks.gate == 0 and masks.num_ntp == 0 and masks.start == (9, 7)
+    assert rows.gate == 6 and rows.start == (6, 4)
+    assert torch.equal(allowed_keys(ntp.rule), whole[:, :3, : ntp.rule.num_keys])
+    assert not whole[:, :3, ntp.rule.num_keys :].any()
+    assert torch.equal(allowed_keys(masks.rule), whole[:, 3:])
+    assert torch.equal(torch.cat([ntp.positions, masks.positions]), rows.positions)
+    assert torch.equal(torch.cat([ntp.ids, masks.ids]), rows.ids)
+    assert masks.rule.block_size == 2 and ntp.rule.block_size == 0
+
+
+@pytest.mark.parametrize(
+    "build, word",
+    [
+        (lambda: decoding_layout("cubic", 2, (True,)), "mode"),
+        (lambda: decoding_layout("linear", 0, (True,)), "k is 0"),
+        (lambda: decoding_layout("linear", 17, (True,)), "k is 17"),
+        (lambda: prefill_layout([], 2), "prompt lengths"),
+        (lambda: prefill_layout([3, 0], 2), "prompt lengths"),
+        (lambda: prefill_layout([3], -1), "k is -1"),
+        (lambda: training_layout(3, torch.tensor([0, 1]), 2), r"\(A, B\)"),
+        (lambda: training_layout(3, torch.tensor([[0.0]]), 2), "torch.int64"),
+        (lambda: training_layout(3, torch.tensor([[3]]), 2), "rows 0 to 2"),
+        (lambda: training_layout(3, torch.tensor([[-1]]), 2), "rows 0 to 2"),
+        (lambda: training_layout(3, torch.tensor([[1]]), 17), "k is 17"),
+        (lambda: prefill_layout([3], 2).at(torch.zeros(2, 1, dtype=torch.int64), [0]), "ids have shape"),
+        (lambda: prefill_layout([3], 2).at(torch.zeros(3, 1, dtype=torch.int64), [0, 0]), "start has 2"),
+    ],
+)
+def test_errors(build, word):
+    with pytest.raises(ValueError, match=word):
+        build()

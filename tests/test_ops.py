@@ -1,0 +1,503 @@
+"""Every operation against its formula in double precision."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from mtp_kernels import (
+    AttentionRule,
+    SamplerWeights,
+    accept,
+    attention,
+    gated_lora_linear,
+    linear_cross_entropy,
+    rms_norm,
+    rotary_embedding,
+    rotary_frequencies,
+    rotary_tables,
+    sampler_draft,
+    sampler_hidden,
+    swiglu,
+)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALVES = DTYPES[1:]
+
+
+def randn(*shape, seed=0, dtype=torch.float32, scale=1.0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+
+def assert_within_budget(got, exact, eager):
+    """At most twice the error of a straightforward computation in the same dtype, plus one rounding step."""
+    assert got.dtype == eager.dtype and got.shape == exact.shape
+    if not got.numel():
+        return
+    step = torch.finfo(got.dtype).eps * exact.abs()
+    limit = 2 * (eager.double() - exact).abs().max() + step
+    excess = ((got.double() - exact).abs() - limit).max()
+    assert excess <= 0, f"beyond the budget by {float(excess)}"
+
+
+def lora_formula(x, weight, a, b, on, scale, splits, bias, residual):
+    """on: one boolean per flattened row."""
+    y = x @ weight.T
+    y = y if bias is None else y + bias
+    y = y if residual is None else y + residual
+    if a is None:
+        return y
+    rank, parts, start = b.shape[1], [], 0
+    for g, size in enumerate(splits):
+        parts.append((x @ a[g * rank : (g + 1) * rank].T) @ b[start : start + size].T)
+        start += size
+    delta = torch.cat(parts, dim=-1)
+    return y + scale * delta * on.view(*x.shape[:-1], 1).to(x.dtype)
+
+
+def lora_case(leading, k, splits, rank, dtype=torch.float32, bias=True, residual=True):
+    n = sum(splits)
+    return dict(
+        x=randn(*leading, k, dtype=dtype), weight=randn(n, k, seed=1, dtype=dtype, scale=k**-0.5),
+        a=randn(len(splits) * rank, k, seed=2, dtype=dtype, scale=k**-0.5),
+        b=randn(n, rank, seed=3, dtype=dtype, scale=rank**-0.5),
+        bias=randn(n, seed=4, dtype=dtype) if bias else None,
+        residual=randn(*leading, n, seed=5, dtype=dtype) if residual else None,
+    )  # fmt: skip
+
+
+def gates(rows, leading):
+    yield torch.zeros(rows, dtype=torch.bool), None
+    for m in sorted({0, rows // 3, rows}):
+        yield torch.arange(rows) >= m, m
+    pattern = torch.tensor([i % 3 != 1 for i in range(rows)], dtype=torch.bool)
+    yield pattern, pattern.view(leading)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits, rank", [((24,), 1), ((24,), 7), ((10, 6, 8), 4), ((96,), 512), ((5, 11, 3), 64)])
+@pytest.mark.parametrize("leading", [(), (1,), (9,), (4, 3), (2, 3, 5), (0,), (3, 0)])
+def test_gated_lora_linear(leading, splits, rank, dtype):
+    rows = torch.Size(leading).numel()
+    for bias, residual in itertools.product((False, True), repeat=2):
+        case = lora_case(leading, 20, splits, rank, dtype, bias, residual)
+        plain = gated_lora_linear(case["x"], case["weight"], bias=case["bias"], residual=case["residual"])
+        wide = {name: None if t is None else t.double() for name, t in case.items()}
+        for on, gate in gates(rows, leading):
+            got = gated_lora_linear(
+                case["x"], case["weight"], case["a"], case["b"], gate, scale=0.7,
+                splits=splits if len(splits) > 1 else None, bias=case["bias"], residual=case["residual"],
+            )  # fmt: skip
+            exact = lora_formula(**wide, on=on, scale=0.7, splits=splits)
+            eager = lora_formula(**case, on=on, scale=0.7, splits=splits)
+            assert_within_budget(got, exact, eager)
+            off = ~on.view(leading)
+            assert torch.equal(got[off], plain[off])
+
+
+@pytest.mark.parametrize("gate", [None, 0, 5, 12, "mixed"])
+@pytest.mark.parametrize("splits", [(10,), (4, 1, 5)])
+@pytest.mark.parametrize("bias, residual", [(False, False), (True, True)])
+def test_gated_lora_linear_gradients(gate, splits, bias, residual):
+    case = lora_case((4, 3), 8, splits, 3, bias=bias, residual=residual)
+    on = torch.arange(12) >= (12 if gate is None else gate) if gate != "mixed" else torch.arange(12) % 5 < 2
+    gate = on.view(4, 3) if gate == "mixed" else gate
+    given_, wide = ({n: t for n, t in case.items() if t is not None} for _ in range(2))
+    given_ = {n: t.clone().requires_grad_() for n, t in given_.items()}
+    wide = {n: t.double().requires_grad_() for n, t in wide.items()}
+    y = gated_lora_linear(
+        given_["x"], given_["weight"], given_["a"], given_["b"], gate, scale=1.5, splits=splits,
+        bias=given_.get("bias"), residual=given_.get("residual"),
+    )  # fmt: skip
+    exact = lora_formula(**{"bias": None, "residual": None} | wide, on=on, scale=1.5, splits=splits)
+    upstream = randn(4, 3, 10, seed=9)
+    got = torch.autograd.grad(y, list(given_.values()), upstream, allow_unused=True)
+    wanted = torch.autograd.grad(exact, list(wide.values()), upstream.double())
+    for name, g, w in zip(given_, got, wanted, strict=True):
+        g = torch.zeros_like(w) if g is None else g.double()
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gated_lora_linear_leaves_its_arguments_alone():
+    case = lora_case((6,), 8, (10,), 3)
+    copies = {n: t.clone() for n, t in case.items()}
+    gated_lora_linear(case["x"], case["weight"], case["a"], case["b"], 2, bias=case["bias"], residual=case["residual"])
+    assert all(torch.equal(case[n], copies[n]) for n in case)
+
+
+def random_rule(t_ntp, blocks, k, starts, extra=0, block_size=0, seed=0):
+    """NTP rows behind starts[b] tokens, blocks of masks after random anchors."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, masks = len(starts), blocks * k
+    start = torch.tensor(starts)
+    anchors = torch.randint(0, max(t_ntp, 1), (blocks, batch), generator=generator).repeat_interleave(k, 0)
+    visible = torch.cat([torch.arange(t_ntp).unsqueeze(1).expand(-1, batch), anchors]) + 1 + start
+    block = torch.cat([torch.full((t_ntp,), -1), torch.arange(blocks).repeat_interleave(k)])
+    slot = torch.cat([torch.zeros(t_ntp, dtype=torch.int64), torch.arange(1, k + 1).repeat(blocks)])
+    mask_start = start + t_ntp
+    return AttentionRule(visible, block, slot, mask_start, masks, int(mask_start.max()) + masks + extra, block_size)
+
+
+def attend_by_rows(q, k, v, rule, scale=None):
+    t_rows, batch, heads, d = q.shape
+    scale = d**-0.5 if scale is None else scale
+    out, first = [], t_rows - rule.num_masks
+    for t, b in itertools.product(range(t_rows), range(batch)):
+        columns = list(range(int(rule.visible[t, b])))
+        for j in range(rule.num_masks):
+            if rule.block[first + j] == rule.block[t] and rule.slot[first + j] <= rule.slot[t]:
+                columns.append(int(rule.mask_start[b]) + j)
+        for h in range(heads):
+            kv = h // (heads // k.shape[1])
+            p = (k[b, kv, columns] @ q[t, b, h] * scale).softmax(0)
+            out.append(p @ v[b, kv, columns])
+    return torch.stack(out).view(q.shape)
+
+
+def qkv(t, batch, heads, kv_heads, d, columns, dtype=torch.float32):
+    """Columns beyond the rule's hold large values, which would show."""
+    q, (k, v) = randn(t, batch, heads, d), (randn(batch, kv_heads, columns + 7, d, seed=s) for s in (1, 2))
+    k[:, :, columns:], v[:, :, columns:] = 30.0, 1000.0
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "heads, kv_heads, d, starts, t_ntp, blocks, k",
+    [
+        (2, 2, 64, [0], 5, 0, 1),
+        (4, 2, 64, [3, 9], 4, 4, 3),
+        (4, 1, 80, [11, 11, 2], 3, 1, 2),
+        (3, 3, 96, [6, 1], 1, 1, 8),
+        (6, 2, 128, [0, 0], 9, 3, 2),
+        (2, 1, 16, [300, 260], 3, 3, 2),
+        (2, 2, 64, [530], 1, 0, 1),
+        (2, 2, 128, [20, 4], 1, 0, 1),
+    ],
+)
+def test_attention(heads, kv_heads, d, starts, t_ntp, blocks, k, dtype):
+    rule = random_rule(t_ntp, blocks, k, starts)
+    q, keys, v = qkv(t_ntp + blocks * k, len(starts), heads, kv_heads, d, rule.num_keys, dtype)
+    exact = attend_by_rows(q.double(), keys.double(), v.double(), rule)
+    got = attention(q, keys, v, rule)
+    if dtype == torch.float32:
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+    else:
+        assert_within_budget(got, exact, attend_by_rows(q.float(), keys.float(), v.float(), rule).to(dtype))
+
+
+def test_attention_scale_and_wider_num_keys():
+    rule, wider = random_rule(4, 2, 3, [5, 2]), random_rule(4, 2, 3, [5, 2], extra=30)
+    q, k, v = qkv(10, 2, 4, 2, 32, wider.num_keys)
+    exact = attend_by_rows(q.double(), k.double(), v.double(), rule, 0.3)
+    torch.testing.assert_close(attention(q, k, v, rule, scale=0.3).double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attention(q, k, v, wider, scale=0.3).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, starts", [(4, 2, [12, 12]), (4, 4, [12, 12]), (4, 4, [9]), (2, 1, [9]), (4, 2, [12, 7])]
+)
+@pytest.mark.parametrize("blocks, k", [(1, 3), (4, 1), (5, 3)])
+def test_mask_rows_alone(heads, kv_heads, starts, blocks, k):
+    """The path that skips other blocks' keys gives what the dense one gives, gradients included."""
+    rules = [random_rule(0, blocks, k, starts, block_size=size, seed=2) for size in (k, 0)]
+    for rule in rules:
+        rule.visible.sub_(torch.arange(blocks).repeat_interleave(k).unsqueeze(1) + 1)  # different anchors
+    q, keys, v = qkv(blocks * k, len(starts), heads, kv_heads, 16, rules[0].num_keys)
+    upstream = randn(*q.shape, seed=7)
+    results = []
+    for rule, dtype in [(rules[0], torch.float32), (rules[1], torch.float32), (rules[1], torch.float64)]:
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (q, keys, v)]
+        y = attention(*leaves, rule) if dtype == torch.float32 else attend_by_rows(*leaves, rule)
+        results.append([y, *torch.autograd.grad(y, leaves, upstream.to(dtype))])
+    for fast, dense, exact in zip(*results, strict=True):
+        torch.testing.assert_close(fast, dense, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(dense.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_gradients_of_a_whole_pass():
+    rule = random_rule(4, 2, 2, [3, 1])
+    tensors = qkv(8, 2, 4, 2, 16, rule.num_keys)
+    upstream = randn(8, 2, 4, 16, seed=3)
+    got = [x.requires_grad_() for x in tensors]
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    grads = torch.autograd.grad(attention(*got, rule), got, upstream)
+    for g, w in zip(grads, torch.autograd.grad(attend_by_rows(*wide, rule), wide, upstream.double()), strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64,), (5, 33), (2, 3, 128), (0, 16)])
+def test_rms_norm(shape, dtype):
+    x, residual = randn(*shape, dtype=dtype, scale=3), randn(*shape, seed=1, dtype=dtype)
+    weight = randn(shape[-1], dtype=dtype)
+
+    def formula(x, weight):
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt() * weight
+
+    assert_within_budget(rms_norm(x, weight, 1e-3), formula(x.double(), weight.double()), formula(x, weight))
+    y, total = rms_norm(x, weight, 1e-3, residual)
+    assert torch.equal(total, x + residual)
+    assert_within_budget(y, formula(total.double(), weight.double()), formula(total, weight))
+
+
+def test_rms_norm_gradients():
+    leaves = [randn(4, 12), randn(12, seed=1), randn(4, 12, seed=2)]
+    narrow, wide = [x.clone().requires_grad_() for x in leaves], [x.double().requires_grad_() for x in leaves]
+    y, total = rms_norm(narrow[0], narrow[1], 1e-5, narrow[2])
+    x = wide[0] + wide[2]
+    exact = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * wide[1]
+    upstream = randn(4, 12, seed=3)
+    got = torch.autograd.grad((y * upstream + total).sum(), narrow)
+    for g, w in zip(got, torch.autograd.grad((exact * upstream + x).sum(), wide), strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-5)
+
+
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
+
+
+@pytest.mark.parametrize("d", [16, 64, 80, 128])
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+@pytest.mark.parametrize("scaling", [None, dict(rope_type="default"), dict(type="linear", factor=3.0), LLAMA3])
+def test_rotary_equals_transformers(d, theta, scaling):
+    parameters = {"rope_type": "default"} | (scaling or {}) | {"rope_theta": theta}
+    parameters["rope_type"] = parameters.pop("type", parameters["rope_type"])
+    config = LlamaConfig(
+        hidden_size=2 * d, num_attention_heads=2, head_dim=d, rope_parameters=parameters, max_position_embeddings=4096
+    )
+    theirs = LlamaRotaryEmbedding(config)
+    frequencies = rotary_frequencies(d, theta, scaling)
+    torch.testing.assert_close(frequencies, theirs.inv_freq, rtol=1e-6, atol=0)
+    positions = torch.tensor([[0, 1, 5], [64, 700, 3]])
+    x = randn(2, 3, 4, d)
+    cos, sin = rotary_tables(positions, frequencies)
+    expected, _ = apply_rotary_pos_emb(x, x, *theirs(x, positions), unsqueeze_dim=2)
+    torch.testing.assert_close(rotary_embedding(x, cos, sin), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("leading", [(), (5,), (3, 2), (0,)])
+def test_rotary_embedding(leading, dtype):
+    x, frequencies = randn(*leading, 3, 16, dtype=dtype), rotary_frequencies(16)
+    positions = torch.arange(torch.Size(leading).numel()).mul(37).view(leading)
+    cos, sin = rotary_tables(positions, frequencies, dtype)
+    assert cos.shape == sin.shape == (*leading, 16) and cos.dtype == sin.dtype == dtype
+    angle = (positions.unsqueeze(-1) * frequencies).double()
+    torch.testing.assert_close(cos[..., :8].double(), angle.cos(), rtol=2e-2, atol=4e-3)
+    torch.testing.assert_close(sin[..., 8:].double(), angle.sin(), rtol=2e-2, atol=4e-3)
+
+    def formula(x, cos, sin):
+        a, b = x[..., :8], x[..., 8:]
+        cos, sin = cos[..., :8].unsqueeze(-2), sin[..., 8:].unsqueeze(-2)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+    got = rotary_embedding(x, cos, sin)
+    assert_within_budget(got, formula(x.double(), cos.double(), sin.double()), formula(x, cos, sin))
+    leaf = x.clone().requires_grad_()
+    upstream = randn(*x.shape, seed=4, dtype=dtype)
+    (gradient,) = torch.autograd.grad(rotary_embedding(leaf, cos, sin), leaf, upstream)
+    inverse = formula(upstream, cos, -sin)  # the transposed rotation
+    assert_within_budget(gradient, formula(upstream.double(), cos.double(), -sin.double()), inverse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(10,), (3, 8), (2, 3, 64), (0, 4)])
+def test_swiglu(shape, dtype):
+    x = randn(*shape, dtype=dtype, scale=2)
+    half = shape[-1] // 2
+
+    def formula(x):
+        return x[..., :half] / (1 + (-x[..., :half]).exp()) * x[..., half:]
+
+    assert_within_budget(swiglu(x), formula(x.double()), formula(x))
+    leaf, wide = x.float().requires_grad_(), x.double().requires_grad_()
+    upstream = randn(*shape[:-1], half, seed=1)
+    (got,), (wanted,) = (torch.autograd.grad(f(y), y, u) for f, y, u in
+                         ((swiglu, leaf, upstream), (formula, wide, upstream.double())))  # fmt: skip
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def sampler(d, dtype=torch.float32):
+    torch.manual_seed(d)
+    modules = [torch.nn.Linear(2 * d, d), torch.nn.LayerNorm(d), torch.nn.Linear(d, d), torch.nn.LayerNorm(d)]
+    for norm in modules[1::2]:
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    modules = [m.to(dtype) for m in modules]
+    weights = SamplerWeights(*(t.detach() for m in modules for t in (m.weight, m.bias)))
+    l1, n1, l2, n2 = modules
+    return weights, torch.nn.Sequential(l1, torch.nn.SiLU(), n1, l2, torch.nn.SiLU(), n2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("leading", [(), (4,), (2, 5)])
+def test_sampler_hidden(leading, dtype):
+    weights, modules = sampler(24, dtype)
+    previous, z = randn(*leading, 24, dtype=dtype), randn(*leading, 24, seed=1, dtype=dtype)
+    with torch.no_grad():
+        eager = modules(torch.cat([previous, z], dim=-1))
+        exact = modules.double()(torch.cat([previous, z], dim=-1).double())
+        assert_within_budget(sampler_hidden(previous, z, weights), exact, eager)
+
+
+def test_sampler_hidden_gradients():
+    weights, modules = sampler(12)
+    leaves = [randn(3, 12), randn(3, 12, seed=1), *weights]
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    y = sampler_hidden(leaves[0], leaves[1], SamplerWeights(*leaves[2:]))
+    upstream = randn(3, 12, seed=2)
+    got = torch.autograd.grad(y, leaves, upstream)
+    modules.double()
+    inputs = [x.detach().double().requires_grad_() for x in leaves[:2]]
+    exact = modules(torch.cat(inputs, dim=-1))
+    wanted = torch.autograd.grad(exact, [*inputs, *modules.parameters()], upstream.double())
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch, k", [(1, 1), (3, 4), (2, 8)])
+@torch.no_grad()
+def test_sampler_draft(batch, k):
+    weights, modules = sampler(16)
+    z, embedding, lm_head = randn(batch, k, 16), randn(11, 16, seed=1, scale=3), randn(11, 16, seed=2)
+    first = torch.arange(batch) % 11
+    drafts = sampler_draft(z, first, embedding, weights, lm_head)
+    assert drafts.dtype == torch.int64
+    modules.double()
+    for b in range(batch):
+        token = int(first[b])
+        for i in range(k):
+            hidden = modules(torch.cat([embedding[token], z[b, i]]).double())
+            token = int((lm_head.double() @ hidden).argmax())
+            assert int(drafts[b, i]) == token
+    other = sampler_draft(z, (first + 1) % 11, embedding, weights, lm_head)
+    assert batch == 1 or not torch.equal(other, drafts)
+
+
+def test_sampler_draft_takes_the_lowest_id_on_a_tie():
+    weights, _ = sampler(8)
+    drafts = sampler_draft(randn(2, 3, 8), torch.tensor([1, 2]), randn(5, 8), weights, torch.zeros(5, 8))
+    assert drafts.tolist() == [[0, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize("ignore_index", [-100, 2])
+@pytest.mark.parametrize("shape", [(7,), (3, 5)])
+def test_linear_cross_entropy(shape, ignore_index, chunk):
+    hidden, head = randn(*shape, 12), randn(9, 12, seed=1)
+    labels = torch.arange(torch.Size(shape).numel()).remainder(9).view(shape)
+    labels[..., 1] = ignore_index
+    narrow, wide = [[t.to(d).requires_grad_() for t in (hidden, head)] for d in (torch.float32, torch.float64)]
+    loss, guess = linear_cross_entropy(*narrow, labels, ignore_index=ignore_index, chunk=chunk)
+    logits = wide[0] @ wide[1].T
+    options = dict(ignore_index=ignore_index, reduction="none")
+    exact = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options).view(shape)
+    assert loss.dtype == torch.float32 and guess.dtype == torch.int64
+    assert not loss[labels == ignore_index].any() and (labels == ignore_index).any()
+    assert torch.equal(guess, logits.argmax(-1))
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+    upstream = randn(*shape, seed=5)
+    for g, w in zip(
+        torch.autograd.grad(loss, narrow, upstream), torch.autograd.grad(exact, wide, upstream.double()), strict=True
+    ):
+        torch.testing.assert_close(g.double(), w, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        again, _ = linear_cross_entropy(hidden, head, labels, ignore_index=ignore_index, chunk=chunk)
+    assert torch.equal(again, loss)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_linear_cross_entropy_in_half_precision(dtype):
+    hidden, head, labels = randn(6, 12, dtype=dtype), randn(9, 12, seed=1, dtype=dtype), torch.arange(6)
+    exact = F.cross_entropy(hidden.double() @ head.double().T, labels, reduction="none")
+    eager = F.cross_entropy((hidden @ head.T).float(), labels, reduction="none")
+    loss, _ = linear_cross_entropy(hidden, head, labels, chunk=4)
+    assert_within_budget(loss, exact, eager)
+
+
+@st.composite
+def draft_batches(draw):
+    batch, k = draw(st.integers(1, 4)), draw(st.integers(1, 8))
+    token = st.integers(0, 2)
+    drafts = draw(st.lists(st.lists(token, min_size=k, max_size=k), min_size=batch, max_size=batch))
+    predictions = draw(st.lists(st.lists(token, min_size=k + 1, max_size=k + 1), min_size=batch, max_size=batch))
+    counts = draw(st.none() | st.lists(st.integers(0, k), min_size=batch, max_size=batch))
+    return drafts, predictions, counts
+
+
+@settings(max_examples=300, deadline=None)
+@given(draft_batches(), st.sampled_from([torch.int32, torch.int64]))
+def test_accept(case, dtype):
+    drafts, predictions, counts = case
+    accepted, following = accept(
+        torch.tensor(drafts, dtype=dtype), torch.tensor(predictions), None if counts is None else torch.tensor(counts)
+    )
+    for b, (d, y) in enumerate(zip(drafts, predictions, strict=True)):
+        a = 0
+        while a < (len(d) if counts is None else counts[b]) and d[a] == y[a]:
+            a += 1
+        assert (int(accepted[b]), int(following[b])) == (a, y[a])
+
+
+def test_accept_a_match_after_a_mismatch_counts_for_nothing():
+    drafts, predictions = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[5, 0, 7, 8, 9]])
+    accepted, following = accept(drafts, predictions)
+    assert accepted.tolist() == [1] and following.tolist() == [0]
+    accepted, following = accept(drafts, torch.tensor([[0, 6, 7, 8, 9]]))
+    assert accepted.tolist() == [0] and following.tolist() == [0]
+    accepted, following = accept(drafts, torch.tensor([[5, 6, 7, 8, 9]]))
+    assert accepted.tolist() == [4] and following.tolist() == [9]
+    accepted, following = accept(drafts, torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([2]))
+    assert accepted.tolist() == [2] and following.tolist() == [7]
+
+
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="row independence is promised with MKL")
+
+
+@needs_mkl
+@pytest.mark.parametrize("k, n", [(64, 192), (256, 768), (768, 256), (48, 32), (64, 7), (2048, 64)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_linear_rows_are_independent(k, n, residual):
+    weight = randn(n, k).t().contiguous().t()
+    x, r = randn(81, k, seed=1), randn(81, n, seed=2)
+    whole = gated_lora_linear(x, weight, residual=r if residual else None)
+    for rows in (1, 2, 3, 9, 17, 80):
+        assert torch.equal(gated_lora_linear(x[:rows], weight, residual=r[:rows] if residual else None), whole[:rows])
+    a, b = randn(4, k, seed=3), randn(n, 4, seed=4)
+    gated = gated_lora_linear(x, weight, a, b, 17, residual=r if residual else None)
+    assert torch.equal(gated[:17], whole[:17]) and not torch.equal(gated[17:], whole[17:])
+
+
+@needs_mkl
+@pytest.mark.parametrize("d", [16, 64, 80, 96, 128])
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2), (8, 2)])
+@pytest.mark.parametrize("visible", [1, 16, 41, 256, 570])
+def test_attention_rows_are_independent(d, heads, kv_heads, visible):
+    q, k, v = qkv(81, 1, heads, kv_heads, d, 600)
+
+    def run(rows, num_keys):
+        rule = AttentionRule(
+            torch.full((rows, 1), visible), torch.full((rows,), -1), torch.zeros(rows, dtype=torch.int64),
+            torch.tensor([num_keys]), 0, num_keys,
+        )  # fmt: skip
+        return attention(q[:rows], k, v, rule)
+
+    whole = run(81, 600)
+    for rows, num_keys in itertools.product((1, 2, 3, 9, 17, 81), (visible, visible + 1, visible + 30, 600)):
+        assert torch.equal(run(rows, num_keys), whole[:rows]), (rows, num_keys)
+
+
+def test_a_rule_serves_models_of_other_heads():
+    rule = AttentionRule(torch.full((3, 1), 5), torch.full((3,), -1), torch.zeros(3, dtype=torch.int64), torch.tensor([5]), 0, 5)
+    for heads, kv_heads in ((4, 2), (4, 4), (2, 1)):
+        q, k, v = qkv(3, 1, heads, kv_heads, 16, 8)
+        fresh = AttentionRule(rule.visible, rule.block, rule.slot, rule.mask_start, 0, 5)
+        assert torch.equal(attention(q, k, v, rule), attention(q, k, v, fresh))

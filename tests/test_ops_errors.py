@@ -1,0 +1,194 @@
+"""Every operation refuses what it does not accept, and says which argument it was."""
+
+import pytest
+import torch
+
+import mtp_kernels
+from mtp_kernels import AttentionRule, SamplerWeights
+
+META = "meta"
+
+
+def zeros(*shape, dtype=torch.float32, device="cpu"):
+    return torch.zeros(*shape, dtype=dtype, device=device)
+
+
+def integers(*shape, dtype=torch.int64, device="cpu"):
+    return zeros(*shape, dtype=dtype, device=device)
+
+
+def rule(**changes):
+    values = dict(visible=integers(5, 2) + 3, block=integers(5), slot=integers(5), mask_start=integers(2) + 3)
+    values |= dict(num_masks=2, num_keys=5)
+    return AttentionRule(**values | changes)
+
+
+def sampler(**changes):
+    shapes = [(4, 8), (4,), (4,), (4,), (4, 4), (4,), (4,), (4,)]
+    values = dict(zip(SamplerWeights._fields, (zeros(*s) for s in shapes), strict=True))
+    return SamplerWeights(**values | changes)
+
+
+def valid(name):
+    return {
+        "gated_lora_linear": lambda: dict(
+            x=zeros(3, 2, 4), weight=zeros(6, 4), lora_a=zeros(4, 4), lora_b=zeros(6, 2), gate=1, splits=(2, 4),
+            bias=zeros(6), residual=zeros(3, 2, 6),
+        ),
+        "attention": lambda: dict(q=zeros(5, 2, 4, 8), k=zeros(2, 2, 7, 8), v=zeros(2, 2, 7, 8), rule=rule()),
+        "rms_norm": lambda: dict(x=zeros(3, 4), weight=zeros(4), residual=zeros(3, 4)),
+        "rotary_frequencies": lambda: dict(head_dim=8, scaling=dict(rope_type="linear", factor=2.0)),
+        "rotary_tables": lambda: dict(positions=integers(3), frequencies=zeros(4)),
+        "rotary_embedding": lambda: dict(x=zeros(3, 2, 8), cos=zeros(3, 8), sin=zeros(3, 8)),
+        "swiglu": lambda: dict(x=zeros(3, 8)),
+        "sampler_hidden": lambda: dict(previous=zeros(3, 4), z=zeros(3, 4), weights=sampler()),
+        "sampler_draft": lambda: dict(
+            z=zeros(2, 3, 4), first=integers(2), embedding=zeros(5, 4), weights=sampler(), lm_head=zeros(5, 4)
+        ),
+        "linear_cross_entropy": lambda: dict(hidden=zeros(3, 4), lm_head=zeros(5, 4), labels=integers(3)),
+        "accept": lambda: dict(drafts=integers(2, 3), predictions=integers(2, 4), counts=integers(2)),
+    }[name]()  # fmt: skip
+
+
+OPS = ["gated_lora_linear", "attention", "rms_norm", "rotary_frequencies", "rotary_tables", "rotary_embedding",
+       "swiglu", "sampler_hidden", "sampler_draft", "linear_cross_entropy", "accept"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_unchanged_call_is_accepted(name):
+    getattr(mtp_kernels, name)(**valid(name))
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if n not in ("rotary_frequencies", "rotary_tables")])
+def test_implementation(name):
+    function = getattr(mtp_kernels, name)
+    with pytest.raises(ValueError, match="implementation is 'cobol'; accepted are .*reference"):
+        function(**valid(name), implementation="cobol")
+    assert type(function(**valid(name), implementation="reference")) is type(function(**valid(name)))
+
+
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+DOUBLE, HALF = torch.float64, torch.bfloat16
+
+CASES = [
+    ("gated_lora_linear", dict(x=zeros(3, 2, 5)), "x has shape"),
+    ("gated_lora_linear", dict(x=zeros(())), "x has shape"),
+    ("gated_lora_linear", dict(weight=zeros(4)), "weight"),
+    ("gated_lora_linear", dict(x=zeros(3, 2, 4, dtype=DOUBLE)), "x has dtype torch.float64"),
+    ("gated_lora_linear", dict(x=integers(3, 2, 4)), "x has dtype torch.int64"),
+    ("gated_lora_linear", dict(weight=zeros(6, 4, dtype=HALF)), "weight .*bfloat16"),
+    ("gated_lora_linear", dict(lora_a=zeros(4, 4, dtype=HALF)), "lora_a .*bfloat16"),
+    ("gated_lora_linear", dict(lora_b=zeros(6, 2, dtype=HALF)), "lora_b .*bfloat16"),
+    ("gated_lora_linear", dict(bias=zeros(6, dtype=HALF)), "bias .*bfloat16"),
+    ("gated_lora_linear", dict(residual=zeros(3, 2, 6, dtype=HALF)), "residual .*bfloat16"),
+    ("gated_lora_linear", dict(weight=zeros(6, 4, device=META)), "weight .* on meta"),
+    ("gated_lora_linear", dict(residual=zeros(3, 2, 6, device=META)), "residual .* on meta"),
+    ("gated_lora_linear", dict(bias=zeros(5)), "bias has shape"),
+    ("gated_lora_linear", dict(residual=zeros(2, 3, 6)), "residual has shape"),
+    ("gated_lora_linear", dict(lora_a=None), "accepted are both or neither"),
+    ("gated_lora_linear", dict(lora_b=None), "accepted are both or neither"),
+    ("gated_lora_linear", dict(lora_a=None, lora_b=None), "gate was passed without"),
+    ("gated_lora_linear", dict(splits=(2, 3)), "splits"),
+    ("gated_lora_linear", dict(splits=()), "splits"),
+    ("gated_lora_linear", dict(splits=(6, 0)), "splits"),
+    ("gated_lora_linear", dict(splits=None), "lora_a has shape"),
+    ("gated_lora_linear", dict(lora_b=zeros(6, 0), lora_a=zeros(0, 4)), "R from 1 to 512"),
+    ("gated_lora_linear", dict(lora_b=zeros(6, 513), lora_a=zeros(1026, 4)), "R from 1 to 512"),
+    ("gated_lora_linear", dict(lora_b=zeros(6, 2, 1)), "lora_b has shape"),
+    ("gated_lora_linear", dict(lora_b=torch.tensor(1.0)), "lora_b has shape"),
+    ("gated_lora_linear", dict(lora_b=zeros(5, 2)), "lora_b has shape"),
+    ("gated_lora_linear", dict(lora_a=zeros(4, 3)), "lora_a has shape"),
+    ("gated_lora_linear", dict(gate=-1), "gate is -1"),
+    ("gated_lora_linear", dict(gate=7), r"number of rows \(6\)"),
+    ("gated_lora_linear", dict(gate=True), "gate is True"),
+    ("gated_lora_linear", dict(gate=1.0), "gate is 1.0"),
+    ("gated_lora_linear", dict(gate=zeros(3, 2)), "gate has shape"),
+    ("gated_lora_linear", dict(gate=zeros(6, dtype=torch.bool)), "gate has shape"),
+    ("gated_lora_linear", dict(gate=zeros(3, 2, dtype=torch.bool, device=META)), "gate .* on meta"),
+    ("attention", dict(q=zeros(5, 2, 32)), "q has shape"),
+    ("attention", dict(k=zeros(2, 7, 8)), "k "),
+    ("attention", dict(k=zeros(3, 2, 7, 8)), "k has shape"),
+    ("attention", dict(k=zeros(2, 2, 7, 4)), "k has shape"),
+    ("attention", dict(v=zeros(2, 2, 6, 8)), "v has shape"),
+    ("attention", dict(q=zeros(5, 2, 3, 8)), "3 heads"),
+    ("attention", dict(k=zeros(2, 0, 7, 8), v=zeros(2, 0, 7, 8)), "heads"),
+    ("attention", dict(k=zeros(2, 2, 7, 8, dtype=HALF)), "k .*bfloat16"),
+    ("attention", dict(v=zeros(2, 2, 7, 8, dtype=HALF)), "v .*bfloat16"),
+    ("attention", dict(v=zeros(2, 2, 7, 8, device=META)), "v .* on meta"),
+    ("attention", dict(q=zeros(5, 2, 4, 8, dtype=DOUBLE)), "q has dtype"),
+    ("attention", dict(rule=rule(visible=integers(5, 1))), "rule.visible has shape"),
+    ("attention", dict(rule=rule(block=integers(4))), "rule.block has shape"),
+    ("attention", dict(rule=rule(slot=integers(5, 2))), "rule.slot has shape"),
+    ("attention", dict(rule=rule(mask_start=integers(5))), "rule.mask_start has shape"),
+    ("attention", dict(rule=rule(visible=zeros(5, 2))), "rule.visible has dtype"),
+    ("attention", dict(rule=rule(slot=integers(5, dtype=torch.int16))), "rule.slot has dtype"),
+    ("attention", dict(rule=rule(block=integers(5, device=META))), "rule.block is on meta"),
+    ("attention", dict(rule=rule(num_masks=6)), "num_masks is 6"),
+    ("attention", dict(rule=rule(num_masks=-1)), "num_masks is -1"),
+    ("attention", dict(rule=rule(num_keys=8)), "num_keys is 8"),
+    ("attention", dict(rule=rule(num_keys=0)), "num_keys is 0"),
+    ("rms_norm", dict(weight=zeros(3)), "weight has shape"),
+    ("rms_norm", dict(residual=zeros(4)), "residual has shape"),
+    ("rms_norm", dict(x=zeros(3, 4, dtype=DOUBLE)), "x has dtype"),
+    ("rms_norm", dict(weight=zeros(4, dtype=HALF)), "weight .*bfloat16"),
+    ("rms_norm", dict(residual=zeros(3, 4, device=META)), "residual .* on meta"),
+    ("rotary_frequencies", dict(head_dim=7), "head_dim is 7"),
+    ("rotary_frequencies", dict(head_dim=0), "head_dim is 0"),
+    ("rotary_frequencies", dict(scaling=dict(rope_type="yarn")), "'yarn'"),
+    ("rotary_frequencies", dict(scaling=dict(type="linear")), "lacks factor"),
+    ("rotary_frequencies", dict(scaling=LLAMA3), "lacks original_max_position_embeddings"),
+    ("rotary_tables", dict(positions=zeros(3)), "positions has dtype"),
+    ("rotary_tables", dict(positions=integers(3, device=META)), "positions is on meta"),
+    ("rotary_tables", dict(frequencies=zeros(4, 1)), "frequencies has shape"),
+    ("rotary_embedding", dict(x=zeros(8)), "x has shape"),
+    ("rotary_embedding", dict(x=zeros(3, 2, 7)), "even D"),
+    ("rotary_embedding", dict(cos=zeros(3, 4)), "cos has shape"),
+    ("rotary_embedding", dict(sin=zeros(2, 8)), "sin has shape"),
+    ("rotary_embedding", dict(cos=zeros(3, 8, dtype=HALF)), "cos .*bfloat16"),
+    ("rotary_embedding", dict(sin=zeros(3, 8, device=META)), "sin .* on meta"),
+    ("rotary_embedding", dict(x=zeros(3, 2, 8, dtype=DOUBLE)), "x has dtype"),
+    ("swiglu", dict(x=zeros(3, 7)), "x has shape"),
+    ("swiglu", dict(x=zeros(())), "x has shape"),
+    ("swiglu", dict(x=integers(3, 8)), "x has dtype"),
+    ("sampler_hidden", dict(previous=zeros(2, 4)), "previous has shape"),
+    ("sampler_hidden", dict(z=zeros(3, 4, dtype=DOUBLE)), "z has dtype"),
+    ("sampler_hidden", dict(previous=zeros(3, 4, dtype=HALF)), "previous .*bfloat16"),
+    ("sampler_hidden", dict(previous=zeros(3, 4, device=META)), "previous .* on meta"),
+    ("sampler_draft", dict(z=zeros(2, 4)), "z has shape"),
+    ("sampler_draft", dict(first=integers(3)), "first has shape"),
+    ("sampler_draft", dict(first=zeros(2)), "first has dtype"),
+    ("sampler_draft", dict(first=integers(2, device=META)), "first is on meta"),
+    ("sampler_draft", dict(embedding=zeros(5, 3)), "embedding has shape"),
+    ("sampler_draft", dict(lm_head=zeros(5, 3)), "lm_head has shape"),
+    ("sampler_draft", dict(lm_head=zeros(5, 4, dtype=HALF)), "lm_head .*bfloat16"),
+    ("sampler_draft", dict(embedding=zeros(5, 4, device=META)), "embedding .* on meta"),
+    ("sampler_draft", dict(z=integers(2, 3, 4)), "z has dtype"),
+    ("linear_cross_entropy", dict(hidden=zeros(3, 5)), "hidden has shape"),
+    ("linear_cross_entropy", dict(lm_head=zeros(4)), "lm_head"),
+    ("linear_cross_entropy", dict(labels=integers(4)), "labels has shape"),
+    ("linear_cross_entropy", dict(labels=integers(3, dtype=torch.int32)), "labels are torch.int32"),
+    ("linear_cross_entropy", dict(labels=integers(3, device=META)), "labels are .* on meta"),
+    ("linear_cross_entropy", dict(hidden=zeros(3, 4, dtype=DOUBLE)), "hidden has dtype"),
+    ("linear_cross_entropy", dict(lm_head=zeros(5, 4, dtype=HALF)), "lm_head .*bfloat16"),
+    ("linear_cross_entropy", dict(lm_head=zeros(5, 4, device=META)), "lm_head .* on meta"),
+    ("linear_cross_entropy", dict(chunk=0), "chunk is 0"),
+    ("accept", dict(drafts=integers(3)), "drafts has shape"),
+    ("accept", dict(predictions=integers(2, 3)), "predictions has shape"),
+    ("accept", dict(counts=integers(3)), "counts has shape"),
+    ("accept", dict(drafts=zeros(2, 3)), "drafts has dtype"),
+    ("accept", dict(predictions=zeros(2, 4)), "predictions has dtype"),
+    ("accept", dict(counts=zeros(2)), "counts has dtype"),
+    ("accept", dict(drafts=integers(2, 3, device=META)), "drafts is on meta"),
+    ("accept", dict(counts=integers(2, device=META)), "counts is on meta"),
+]
+for _op in ("sampler_hidden", "sampler_draft"):
+    for _field in SamplerWeights._fields:
+        CASES.append((_op, dict(weights=sampler(**{_field: zeros(5)})), rf"weights.{_field} has shape"))
+    CASES.append((_op, dict(weights=sampler(b2=zeros(4, dtype=HALF))), "b2 .*bfloat16"))
+    CASES.append((_op, dict(weights=sampler(w2=zeros(4, 4, device=META))), "w2 .* on meta"))
+
+
+@pytest.mark.parametrize("name, changes, word", CASES)
+def test_refused(name, changes, word):
+    with pytest.raises(ValueError, match=word):
+        getattr(mtp_kernels, name)(**valid(name) | changes)

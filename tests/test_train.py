@@ -1,0 +1,292 @@
+"""Training can be interrupted at any moment and resumed to the same result, bit for bit."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_hf
+from safetensors.torch import load_file
+
+from mtp_model import MTPConfig, TrainConfig, Trainer, load_model
+from mtp_model.__main__ import main
+from mtp_model.cache import KVCache
+from mtp_model.data import Example, batch_indices, collate
+from mtp_model.layout import prefill_layout
+from mtp_model.loss import mtp_loss
+
+ROOT = Path(__file__).resolve().parents[1]
+MTP = MTPConfig(2, 3)
+
+
+def examples(n=7):
+    rng = np.random.default_rng(0)
+    return [Example(rng.integers(0, 6, size).astype(np.int32), np.arange(size) >= 2) for size in rng.integers(6, 14, n)]
+
+
+def settings(**changes):
+    usual = dict(steps=12, batch_size=2, lr=5e-3, warmup=3, decay=0.3, anchors_per_sequence=3)
+    usual |= dict(save_every=4, log_every=1)
+    return TrainConfig(**usual | changes)
+
+
+def log_of(directory):
+    """The log's records without the clock."""
+    records = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def same_adapter(a, b):
+    left, right = (load_file(d / "adapter_model.safetensors") for d in (a, b))
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("train") / "model"
+    save_hf(directory, seed=2)
+    return load_model(directory)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    assert Trainer(model, examples(), MTP, settings(), out).run()
+    return out
+
+
+@pytest.mark.parametrize("saved, lost", [(0, 3), (1, 0), (4, 2), (5, 5), (11, 1), (12, 0)])
+def test_resume_is_bit_exact(model, uninterrupted, tmp_path, saved, lost):
+    trainer = Trainer(model, examples(), MTP, settings(), tmp_path)
+    records = [trainer.train_step() for _ in range(saved)]
+    if saved:
+        trainer.save()
+    records += [trainer.train_step() for _ in range(lost)]
+    with open(tmp_path / "log.jsonl", "w") as log:
+        log.writelines(json.dumps(record) + "\n" for record in records)
+        log.write('{"step": 9')  # a line cut short
+    resumed = Trainer(model, examples(), MTP, settings(), tmp_path, resume=True)
+    assert resumed.step == saved
+    assert resumed.run()
+    assert same_adapter(tmp_path, uninterrupted)
+    assert log_of(tmp_path) == log_of(uninterrupted)
+    assert [record["step"] for record in log_of(tmp_path)] == list(range(1, 13))
+
+
+def test_saving_and_logging_rhythm_changes_nothing(model, uninterrupted, tmp_path):
+    assert Trainer(model, examples(), MTP, settings(save_every=5, log_every=5), tmp_path).run()
+    assert same_adapter(tmp_path, uninterrupted)
+    assert [record["step"] for record in log_of(tmp_path)] == [5, 10, 12]
+
+
+def test_the_run_did_train(model, uninterrupted):
+    tensors = load_file(uninterrupted / "adapter_model.safetensors")
+    assert all(tensors[n].any() for n in tensors if n.endswith("lora_B"))
+    notes = json.loads((uninterrupted / "adapter_config.json").read_text())["notes"]
+    assert notes["training"]["steps_done"] == 12
+    assert not list(uninterrupted.glob("*.tmp"))
+
+
+def test_existing_run_needs_resume(model, uninterrupted):
+    before = (uninterrupted / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="resume"):
+        Trainer(model, examples(), MTP, settings(), uninterrupted)
+    assert (uninterrupted / "checkpoint.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "changes, name",
+    [(dict(lr=1e-3), "lr"), (dict(seed=1), "seed"), (dict(steps=13), "steps"), (dict(mtp=MTPConfig(3, 3)), "mtp"),
+     (dict(examples=6), "examples"), (dict(train_masks=True), "train_masks")],
+)  # fmt: skip
+def test_other_settings_are_refused(model, uninterrupted, changes, name):
+    changes = dict(changes)
+    mtp, data = changes.pop("mtp", MTP), examples()[: changes.pop("examples", 7)]
+    with pytest.raises(ValueError, match=rf"\b{name}: "):
+        Trainer(model, data, mtp, settings(**changes), uninterrupted, resume=True)
+
+
+def test_another_base_is_refused(uninterrupted, toy_model):
+    with pytest.raises(ValueError, match="base"):
+        Trainer(toy_model, examples(), MTP, settings(), uninterrupted, resume=True)
+
+
+@pytest.mark.parametrize("train_masks", [False, True])
+def test_masks_are_trained_by_option(model, tmp_path, train_masks):
+    trainer = Trainer(model, examples(), MTP, settings(train_masks=train_masks), tmp_path)
+    before = model.masks.detach().clone()
+    trainer.train_step()
+    assert torch.equal(model.masks, before) != train_masks
+
+
+def test_ordinary_logits_are_untouched(model, tmp_path):
+    ids = torch.tensor([[1], [3], [5], [2], [0]])
+
+    @torch.no_grad()
+    def logits():
+        return model.logits(model(prefill_layout([5], 0).at(ids, [0]), KVCache(model.config, 1, 8)))
+
+    if model.mtp is not None:
+        model.remove_adapter()
+    before = logits()
+    base = {n: p.detach().clone() for n, p in model.named_parameters()}
+    Trainer(model, examples(), MTP, settings(), tmp_path).run()
+    assert torch.equal(logits(), before)
+    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
+
+
+def test_loss_falls_on_repetitive_text(model, tmp_path):
+    text = [Example(np.array([0, 1, 2, 3] * 5, dtype=np.int32), np.ones(20, dtype=bool))]
+    config = TrainConfig(steps=60, batch_size=1, warmup=5, lr=2e-2, lcm_weight=0.0)
+    trainer = Trainer(model, text, MTP, config, tmp_path)
+    records = [trainer.train_step() for _ in range(60)]
+    assert records[-1]["base"] < 0.5 * records[0]["base"]
+    assert records[-1]["sampler"] < 0.5 * records[0]["sampler"]
+    assert min(records[-1]["right_sampler"]) == 1.0
+    assert records[-1]["ntp"] == records[0]["ntp"]
+
+
+def test_accumulation(model, tmp_path):
+    """A step of two passes reports the mean loss of both, and moves along the mean of their gradients."""
+    config = settings(accumulate=2, clip=1e9, anchors_per_sequence=None)
+    trainer = Trainer(model, examples(), MTP, config, tmp_path)
+    model_parameters = trainer.parameters
+    start = {n: p.detach().clone() for n, p in model_parameters.items()}
+    totals, gradients = [], {n: torch.zeros_like(p) for n, p in start.items()}
+    for number in (0, 1):
+        batch = collate([examples()[i] for i in batch_indices(7, 2, number, config.seed)])
+        total = mtp_loss(model, batch).total
+        for name, gradient in zip(
+            gradients, torch.autograd.grad(total, list(model_parameters.values()), allow_unused=True), strict=True
+        ):
+            gradients[name] += gradient / 2
+        totals.append(float(total.detach()))
+    record = trainer.train_step()
+    assert record["loss"] == pytest.approx(sum(totals) / 2, rel=1e-6)
+    norm = sum(float(g.pow(2).sum()) for g in gradients.values()) ** 0.5
+    assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_clipping_bounds_the_step(model, tmp_path):
+    record = Trainer(model, examples(), MTP, settings(clip=1e-3), tmp_path).train_step()
+    assert record["grad_norm"] > 1e-3
+
+
+def test_learning_rate():
+    config = TrainConfig(steps=100, lr=1.0, warmup=10, decay=0.2)
+    assert [config.lr_at(step) for step in (0, 4, 9, 10, 50, 80)] == pytest.approx([0.1, 0.5, 1, 1, 1, 1])
+    assert [config.lr_at(step) for step in (85, 90, 99)] == pytest.approx([0.75, 0.5, 0.05])
+    flat = TrainConfig(steps=5, lr=3.0, warmup=0)
+    assert [flat.lr_at(step) for step in range(5)] == [3.0] * 5
+
+
+def test_learning_rate_is_used(model, tmp_path):
+    trainer = Trainer(model, examples(), MTP, settings(lr=1e-2, warmup=10, decay=0.0), tmp_path)
+    before = model.layers[0].o_proj.lora_B.detach().clone()
+    record = trainer.train_step()
+    assert record["lr"] == pytest.approx(1e-3)
+    # AdamW's first step moves each entry by the learning rate, whatever the gradient's size.
+    assert float((model.layers[0].o_proj.lora_B.detach() - before).abs().max()) == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("steps", 0), ("batch_size", 0), ("accumulate", 0), ("save_every", 0), ("log_every", 0),
+     ("anchors_per_sequence", 0), ("lr", 0.0), ("lr", float("nan")), ("clip", 0.0), ("mask_decay", 0.0),
+     ("mask_decay", 1.5), ("warmup", -1),
+     ("decay", -0.1), ("decay", 1.1), ("weight_decay", -1.0), ("lcm_weight", -1.0)],
+)  # fmt: skip
+def test_settings_are_checked(name, value):
+    with pytest.raises(ValueError, match=name):
+        TrainConfig(**{name: value})
+
+
+@pytest.fixture(scope="module")
+def command_line(tmp_path_factory):
+    """A model directory with a tokenizer, a data file, and an uninterrupted run of the command line."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    place = tmp_path_factory.mktemp("cli")
+    save_hf(place / "model", seed=2)
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<u>", "a", "b", "c", "d", "e"])}, unk_token="<u>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<u>").save_pretrained(place / "model")
+    rng = np.random.default_rng(1)
+    texts = [(" ".join(rng.choice(list("abc"), 4)), " ".join(rng.choice(list("de"), 8))) for _ in range(9)]
+    rows = [{"prompt": prompt, "response": response} for prompt, response in texts]
+    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["train", "--model", str(place / "model"), "--data", str(place / "data.jsonl"), "--device", "cpu",
+                 "--masks", "2", "--rank", "2", "--steps", "150", "--batch-size", "2", "--lr", "0.003", "--warmup", "5",
+                 "--anchors-per-sequence", "3", "--save-every", "20", "--log-every", "1",
+                 "--dtype", "float32"]  # fmt: skip
+    assert main([*arguments, "--out", str(place / "whole")]) == 0
+    return place, arguments
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_killed_and_resumed(command_line, tmp_path, number):
+    place, arguments = command_line
+    out = tmp_path / "run"
+    threads = str(torch.get_num_threads())  # the same sums need the same number of them
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "mtp_model", *arguments, "--out", str(out)], cwd=ROOT, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 90
+    while child.poll() is None and time.monotonic() < deadline:
+        if (out / "log.jsonl").exists() and (out / "log.jsonl").read_bytes().count(b"\n") >= 25:
+            child.send_signal(number)
+            break
+        time.sleep(0.002)
+    output = child.communicate(timeout=60)[0]
+    steps = len((out / "log.jsonl").read_text().splitlines())
+    assert 25 <= steps < 150, output
+    if number == signal.SIGKILL:
+        assert child.returncode == -signal.SIGKILL
+    else:
+        assert child.returncode == 130
+        assert f"stopped after step {steps} of 150" in output
+    assert main([*arguments, "--out", str(out)]) == 2  # not without --resume
+    assert main([*arguments, "--out", str(out), "--resume"]) == 0
+    assert same_adapter(out, place / "whole")
+    assert log_of(out) == log_of(place / "whole")
+    assert [record["step"] for record in log_of(out)] == list(range(1, 151))
+
+
+def test_generate_command(command_line, capsys):
+    place, _ = command_line
+    texts = []
+    for mode in ("autoregressive", "quadratic"):
+        options = ["--model", str(place / "model"), "--adapter", str(place / "whole"), "--device", "cpu"]
+        assert main(["generate", *options, "--mode", mode, "--max-new-tokens", "12", "a b c"]) == 0
+        captured = capsys.readouterr()
+        assert "12 tokens" in captured.err
+        texts.append(captured.out)
+    assert texts[0] == texts[1] and len(texts[0].split()) == 12
+
+
+def test_train_help_names_every_setting():
+    result = subprocess.run(
+        [sys.executable, "-m", "mtp_model", "train", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=90
+    )
+    assert result.returncode == 0
+    flags = set(re.findall(r"--[a-z-]+", result.stdout))
+    assert {"--" + f.name.replace("_", "-") for f in dataclasses.fields(TrainConfig)} <= flags
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_errors_end_with_status_two(command, tmp_path, capsys):
+    rest = ["--data", str(tmp_path / "d"), "--out", str(tmp_path / "o")] if command == "train" else ["hello"]
+    assert main([command, "--model", str(tmp_path / "nothing"), *rest]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not (tmp_path / "o").exists()
