@@ -28,7 +28,7 @@ class GatedLoRALinear(nn.Module):
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
         self.rank, self.scale = 0, 1.0
-        self._stacked: tuple[tuple, Tensor] | None = None
+        self._prepared: tuple[tuple, tuple] | None = None
 
     def add_adapter(self, rank: int, alpha: float, dtype: torch.dtype | None = None, generator=None) -> None:
         """Give each projection an adapter of `rank`, scaled by `alpha / rank`; A is random, B zero (so it adds nothing)."""
@@ -42,26 +42,28 @@ class GatedLoRALinear(nn.Module):
         self.rank, self.scale = rank, alpha / rank
 
     def remove_adapter(self) -> None:
-        self.lora_A = self.lora_B = self._stacked = None
+        self.lora_A = self.lora_B = self._prepared = None
         self.rank, self.scale = 0, 1.0
 
-    def _stacked_b(self) -> Tensor:
-        """B block-diagonal, (N, G * R): the G adapters as one. Kept until lora_B changes."""
-        key = (self.lora_B.data_ptr(), self.lora_B._version, self.lora_B.dtype)
-        if self._stacked is None or self._stacked[0] != key:
-            self._stacked = key, torch.block_diag(*self.lora_B.detach().split(self.splits))
-        return self._stacked[1]
+    def _adapter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
+        """(A, B, splits) in `dtype`. Without gradients, B is block-diagonal, the adapters as one, and kept until changed."""
+        a, b, splits = self.lora_A, self.lora_B, self.splits
+        if torch.is_grad_enabled():
+            return a.to(dtype), b.to(dtype), splits
+        key = (dtype, a._version, b._version, a.data_ptr(), b.data_ptr())
+        if self._prepared is None or self._prepared[0] != key:
+            stacked = 1 < len(splits) <= ops.MAX_RANK // self.rank
+            b = torch.block_diag(*b.detach().split(splits)) if stacked else b.detach()
+            self._prepared = key, (a.detach().to(dtype), b.to(dtype), None if stacked else splits)
+        return self._prepared[1]
 
     def forward(self, x: Tensor, gate: int | Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         if self.lora_A is None or gate is None:
             return ops.gated_lora_linear(x, self.weight, bias=self.bias, residual=residual)
-        lora_b, splits = self.lora_B, self.splits
-        if not torch.is_grad_enabled() and len(splits) > 1 and len(splits) * self.rank <= ops.MAX_RANK:
-            lora_b, splits = self._stacked_b(), None
+        lora_a, lora_b, splits = self._adapter(x.dtype)
         return ops.gated_lora_linear(
-            x, self.weight, self.lora_A.to(x.dtype), lora_b.to(x.dtype), gate,
-            scale=self.scale, splits=splits, bias=self.bias, residual=residual,
-        )  # fmt: skip
+            x, self.weight, lora_a, lora_b, gate, scale=self.scale, splits=splits, bias=self.bias, residual=residual
+        )
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.splits}, bias={self.bias is not None}, rank={self.rank}"

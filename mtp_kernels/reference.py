@@ -142,27 +142,28 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale
     groups = h // kv_heads
     rows = max(groups * t, MIN_ROWS)
     columns = -(-rule.num_keys // KEY_CHUNK) * KEY_CHUNK
+    pieces = [slice(start, start + KEY_CHUNK) for start in range(0, columns, KEY_CHUNK)]
     key = (rows, groups, kv_heads)
     if key not in rule._cache:  # once per pass, for all layers
-        bias = _additive(allowed_keys(rule, columns)).repeat(1, groups, 1)
-        bias = F.pad(bias, (0, 0, 0, rows - groups * t))
-        rule._cache[key] = (bias if b == 1 else bias.repeat_interleave(kv_heads, dim=0)).split(KEY_CHUNK, dim=-1)
+        bias = F.pad(_additive(allowed_keys(rule, columns)).repeat(1, groups, 1), (0, 0, 0, rows - groups * t))
+        bias = bias if b == 1 else bias.repeat_interleave(kv_heads, dim=0)
+        rule._cache[key] = [bias[..., piece] for piece in pieces]
     if columns > k.shape[2]:
         k, v = (F.pad(x, (0, 0, 0, columns - x.shape[2])) for x in (k, v))
-    keys = k[:, :, :columns].reshape(b * kv_heads, columns, d).split(KEY_CHUNK, dim=1)
-    values = v[:, :, :columns].reshape(b * kv_heads, columns, d).split(KEY_CHUNK, dim=1)
+    keys = k[:, :, :columns].reshape(b * kv_heads, columns, d)
+    values = v[:, :, :columns].reshape(b * kv_heads, columns, d)
     packed = q.view(t, b, kv_heads, groups, d).permute(1, 2, 3, 0, 4).reshape(b * kv_heads, groups * t, d)
     if rows > groups * t:
         packed = F.pad(packed, (0, 0, 0, rows - groups * t))
     scores = [
-        torch.baddbmm(bias, packed, piece.transpose(1, 2), alpha=scale)
-        for bias, piece in zip(rule._cache[key], keys, strict=True)
+        torch.baddbmm(bias, packed, keys[:, piece].transpose(1, 2), alpha=scale)
+        for bias, piece in zip(rule._cache[key], pieces, strict=True)
     ]
-    probabilities = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)).softmax(-1).split(KEY_CHUNK, dim=-1)
-    out = torch.bmm(probabilities[0], values[0])
-    for p, piece in zip(probabilities[1:], values[1:], strict=True):
-        out = out + torch.bmm(p, piece)
-    out = out[:, : groups * t].unflatten(1, (groups, t)).unflatten(0, (b, kv_heads))
+    probabilities = (scores[0] if len(pieces) == 1 else torch.cat(scores, dim=-1)).softmax(-1)
+    out = torch.bmm(probabilities[..., pieces[0]], values[:, pieces[0]])
+    for piece in pieces[1:]:
+        out = out + torch.bmm(probabilities[..., piece], values[:, piece])
+    out = out[:, : groups * t].view(b, kv_heads, groups, t, d)
     return out.permute(3, 0, 1, 2, 4).reshape(t, b, h, d)
 
 

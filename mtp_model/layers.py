@@ -32,12 +32,13 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows, rotary: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
         t, b, _ = x.shape  # x: (T, B, d)
-        qkv = self.qkv_proj(self.input_norm(x), rows.gate).view(t, b, self.heads + 2 * self.kv_heads, self.head_dim)
+        gate = rows.gate
+        qkv = self.qkv_proj(self.input_norm(x), gate).view(t, b, self.heads + 2 * self.kv_heads, self.head_dim)
         qk, v = qkv[:, :, : self.heads + self.kv_heads], qkv[:, :, self.heads + self.kv_heads :]
         qk = rotary_embedding(qk, *rotary)  # q and k heads together
         q, k = qk[:, :, : self.heads], qk[:, :, self.heads :]
         keys, values = cache.update(self.index, k, v, rows.start)
         attended = attention(q, keys, values, rows.rule).flatten(2)  # (T, B, H * D)
-        x = self.o_proj(attended, rows.gate, residual=x)
-        hidden = swiglu(self.gate_up_proj(self.post_norm(x), rows.gate))
-        return self.down_proj(hidden, rows.gate, residual=x)
+        x = self.o_proj(attended, gate, residual=x)
+        hidden = swiglu(self.gate_up_proj(self.post_norm(x), gate))
+        return self.down_proj(hidden, gate, residual=x)

@@ -112,10 +112,12 @@ class Layout:
             raise ValueError(f"ids have shape {tuple(ids.shape)}; accepted is (num_ntp, B) = {(self.num_ntp, self.batch)}")
         if len(start) != self.batch:
             raise ValueError(f"start has {len(start)} lengths; accepted is one for each of {self.batch} sequences")
-        mask_ids = (self.slot[self.num_ntp :] + (vocab_size - 1)).unsqueeze(1).expand(-1, self.batch)
+        if self.num_masks:
+            mask_ids = (self.slot[self.num_ntp :] + (vocab_size - 1)).unsqueeze(1).expand(-1, self.batch)
+            ids = torch.cat([ids, mask_ids])
         n = start[0] if len(set(start)) == 1 else torch.tensor(start, device=self.anchors.device)
         return Rows(
-            ids=torch.cat([ids, mask_ids]),
+            ids=ids,
             positions=self.position_offset + n,
             visible=self.visible_offset + n,
             block=self.block,
