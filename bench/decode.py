@@ -309,7 +309,8 @@ def main(argv=None) -> int:
     compare(rows, model, peer, batches, args.new_tokens, args.repeats)
     text, best = main_table(rows)
     print(text)
-    print("\nspeedups: median (quartiles) over prompts and repeats; same text: as autoregressive, token for token\n")
+    print("\nSpeedups: median (quartiles) over prompts and repeats. Same text: as autoregressive, token for token. "
+          "Peak: of the whole process, transformers' copy of the model included.\n")  # fmt: skip
     print(sample(model, tokenizer, prompts[args.seed % len(prompts)], best, args.new_tokens, sys.stdout.isatty()))
     records = [vars(r) | {"tokens_per_step": r.tokens / r.passes if r.passes else None, "speedup": ratio(rows[0], r)} for r in rows]
     write_json(args.out / "decode.json", {"environment": where, "settings": settings, "rows": records, "table": text.splitlines()})

@@ -119,11 +119,12 @@ def read_examples(
 
 def batch_indices(n: int, batch: int, step: int, seed: int) -> list[int]:
     """Which examples make batch number `step`: consecutive ones of a stream of shuffled epochs. Depends on nothing else."""
-    picked = []
+    picked, orders = [], {}
     for position in range(step * batch, (step + 1) * batch):
         epoch, offset = divmod(position, n)
-        order = np.random.default_rng([seed, epoch]).permutation(n) if not picked or offset == 0 else order
-        picked.append(int(order[offset]))
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(n)
+        picked.append(int(orders[epoch][offset]))
     return picked
 
 

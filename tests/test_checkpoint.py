@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtp_model import MTPConfig, MTPModel, ModelConfig, load_adapter, load_model, save_adapter
+from mtp_model import ModelConfig, MTPConfig, MTPModel, load_adapter, load_model, save_adapter
 from mtp_model.cache import KVCache
 from mtp_model.layout import prefill_layout
 

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+from mtp_model.cache import KVCache
 from mtp_model.checkpoint import export_adapter
 from mtp_model.data import Example, collate
 from mtp_model.layout import prefill_layout
-from mtp_model.cache import KVCache
 from mtp_model.loss import choose_anchors, mtp_loss
-from safetensors.torch import load_file
 
 LENGTHS = (9, 6, 12)
 
@@ -159,7 +159,7 @@ def test_loss_and_gradients(toy_adapter_model, tmp_path, k, options, config):
         if k <= max(LENGTHS):
             assert wanted.abs().max() > 0, name
         tolerance = 2e-4 * float(wanted.abs().max()) + 1e-6
-        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-3, atol=tolerance, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-3, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_logged_numbers(toy_adapter_model):
