@@ -459,13 +459,21 @@ def test_accept_a_match_after_a_mismatch_counts_for_nothing():
     assert accepted.tolist() == [2] and following.tolist() == [7]
 
 
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="row independence is promised with MKL")
 
 
 @needs_mkl
 @pytest.mark.parametrize("k, n", [(64, 192), (256, 768), (768, 256), (48, 32), (64, 7), (2048, 64)])
 @pytest.mark.parametrize("residual", [False, True])
-def test_linear_rows_are_independent(k, n, residual):
+def test_linear_rows_are_independent(threads, k, n, residual):
     weight = randn(n, k).t().contiguous().t()
     x, r = randn(81, k, seed=1), randn(81, n, seed=2)
     whole = gated_lora_linear(x, weight, residual=r if residual else None)
@@ -480,7 +488,7 @@ def test_linear_rows_are_independent(k, n, residual):
 @pytest.mark.parametrize("d", [16, 64, 80, 96, 128])
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2), (8, 2)])
 @pytest.mark.parametrize("visible", [1, 16, 41, 256, 570])
-def test_attention_rows_are_independent(d, heads, kv_heads, visible):
+def test_attention_rows_are_independent(threads, d, heads, kv_heads, visible):
     q, k, v = qkv(81, 1, heads, kv_heads, d, 600)
 
     def run(rows, num_keys):
