@@ -12,6 +12,7 @@ from mtp_kernels.ops import (
     sampler_draft,
     sampler_hidden,
     swiglu,
+    unchecked,
 )
 from mtp_kernels.types import AttentionRule, SamplerWeights
 
@@ -31,4 +32,5 @@ __all__ = [
     "sampler_draft",
     "sampler_hidden",
     "swiglu",
+    "unchecked",
 ]

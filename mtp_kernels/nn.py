@@ -1,4 +1,7 @@
-"""Modules: weights and one call into `ops` each."""
+"""Modules: weights and one call into `ops` each.
+
+A module's `operations` are the checked functions of `ops`; a model that guarantees its shapes may set `ops.unchecked()`.
+"""
 
 from collections.abc import Sequence
 
@@ -16,6 +19,8 @@ class GatedLoRALinear(nn.Module):
     (len(out_features) * rank, in_features); `lora_B` their expand matrices (sum(out_features), rank). Without an adapter
     (rank 0) this is an ordinary linear layer. See `ops.gated_lora_linear` for the formula.
     """
+
+    operations = ops
 
     def __init__(self, in_features: int, out_features: int | Sequence[int], bias: bool = False, device=None, dtype=None):
         super().__init__()
@@ -59,9 +64,9 @@ class GatedLoRALinear(nn.Module):
 
     def forward(self, x: Tensor, gate: int | Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         if self.lora_A is None or gate is None:
-            return ops.gated_lora_linear(x, self.weight, bias=self.bias, residual=residual)
+            return self.operations.gated_lora_linear(x, self.weight, bias=self.bias, residual=residual)
         lora_a, lora_b, splits = self._adapter(x.dtype)
-        return ops.gated_lora_linear(
+        return self.operations.gated_lora_linear(
             x, self.weight, lora_a, lora_b, gate, scale=self.scale, splits=splits, bias=self.bias, residual=residual
         )
 
@@ -72,13 +77,15 @@ class GatedLoRALinear(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension. See `ops.rms_norm`."""
 
+    operations = ops
+
     def __init__(self, size: int, eps: float = 1e-5, device=None, dtype=None):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, residual: Tensor | None = None):
-        return ops.rms_norm(x, self.weight, self.eps, residual)
+        return self.operations.rms_norm(x, self.weight, self.eps, residual)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -28,6 +28,14 @@ def _implementation(name: str | None):
     return IMPLEMENTATIONS[name]
 
 
+def unchecked(implementation: str | None = None):
+    """The operations without their argument checks, as attributes: for inner loops whose shapes are right by construction.
+
+    Takes the same arguments except `implementation`, chosen here. A wrong argument gives whatever error or result it gives.
+    """
+    return _implementation(implementation)
+
+
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 

@@ -26,13 +26,15 @@ MIN_ROWS = 8
 
 def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x W^T (+ b) (+ residual) for x of shape (M, K)."""
-    if x.shape[0] == 1 and x.device.type == "cpu":  # one row would take a matrix-vector routine, which sums differently
-        residual = None if residual is None else residual.expand(2, -1)
-        return _matmul(x.expand(2, -1), weight, bias, residual)[:1]
+    single = x.shape[0] == 1 and x.device.type == "cpu"
+    if single:  # one row would take a matrix-vector routine, which sums in another order
+        x = x.expand(2, -1)
     if residual is None:
-        return F.linear(x, weight, bias)
-    y = torch.addmm(residual, x, weight.t())
-    return y if bias is None else y + bias
+        y = F.linear(x, weight, bias)
+    else:
+        y = torch.addmm(residual, x, weight.t())  # a single residual row broadcasts
+        y = y if bias is None else y + bias
+    return y[:1] if single else y
 
 
 def gated_lora_linear(
@@ -155,14 +157,17 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale
     packed = q.view(t, b, kv_heads, groups, d).permute(1, 2, 3, 0, 4).reshape(b * kv_heads, groups * t, d)
     if rows > groups * t:
         packed = F.pad(packed, (0, 0, 0, rows - groups * t))
-    scores = [
-        torch.baddbmm(bias, packed, keys[:, piece].transpose(1, 2), alpha=scale)
-        for bias, piece in zip(rule._cache[key], pieces, strict=True)
-    ]
-    probabilities = (scores[0] if len(pieces) == 1 else torch.cat(scores, dim=-1)).softmax(-1)
-    out = torch.bmm(probabilities[..., pieces[0]], values[:, pieces[0]])
-    for piece in pieces[1:]:
-        out = out + torch.bmm(probabilities[..., piece], values[:, piece])
+    if len(pieces) == 1:
+        out = torch.bmm(torch.baddbmm(rule._cache[key][0], packed, keys.transpose(1, 2), alpha=scale).softmax(-1), values)
+    else:
+        scores = [
+            torch.baddbmm(bias, packed, keys[:, piece].transpose(1, 2), alpha=scale)
+            for bias, piece in zip(rule._cache[key], pieces, strict=True)
+        ]
+        probabilities = torch.cat(scores, dim=-1).softmax(-1)
+        out = torch.bmm(probabilities[..., pieces[0]], values[:, pieces[0]])
+        for piece in pieces[1:]:
+            out = out + torch.bmm(probabilities[..., piece], values[:, piece])
     out = out[:, : groups * t].view(b, kv_heads, groups, t, d)
     return out.permute(3, 0, 1, 2, 4).reshape(t, b, h, d)
 

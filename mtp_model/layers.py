@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from mtp_kernels import attention, rotary_embedding, swiglu
+from mtp_kernels import unchecked
 from mtp_kernels.nn import GatedLoRALinear, RMSNorm
 from mtp_model.cache import KVCache
 from mtp_model.config import ModelConfig
@@ -15,6 +15,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, index: int, device=None, dtype=None):
         super().__init__()
         self.index = index
+        self.operations = unchecked()  # every shape below follows from the config
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads, config.num_key_value_heads, config.head_dim,
         )  # fmt: skip
@@ -26,19 +27,22 @@ class DecoderLayer(nn.Module):
         self.post_norm = RMSNorm(d, config.rms_norm_eps, **factory)
         self.gate_up_proj = GatedLoRALinear(d, (f, f), config.mlp_bias, **factory)
         self.down_proj = GatedLoRALinear(f, d, config.mlp_bias, **factory)
+        for module in self.children():
+            module.operations = self.operations
 
     def adapted(self) -> dict[str, GatedLoRALinear]:
         return {name: module for name, module in self.named_children() if isinstance(module, GatedLoRALinear)}
 
     def forward(self, x: Tensor, rows: Rows, rotary: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
         t, b, _ = x.shape  # x: (T, B, d)
-        gate = rows.gate
-        qkv = self.qkv_proj(self.input_norm(x), gate).view(t, b, self.heads + 2 * self.kv_heads, self.head_dim)
-        qk, v = qkv[:, :, : self.heads + self.kv_heads], qkv[:, :, self.heads + self.kv_heads :]
-        qk = rotary_embedding(qk, *rotary)  # q and k heads together
-        q, k = qk[:, :, : self.heads], qk[:, :, self.heads :]
+        gate, heads = rows.gate, self.heads
+        rotated = heads + self.kv_heads
+        qkv = self.qkv_proj(self.input_norm(x), gate).view(t, b, rotated + self.kv_heads, self.head_dim)
+        qk, v = qkv[:, :, :rotated], qkv[:, :, rotated:]
+        qk = self.operations.rotary_embedding(qk, *rotary)  # q and k heads together
+        q, k = qk[:, :, :heads], qk[:, :, heads:]
         keys, values = cache.update(self.index, k, v, rows.start)
-        attended = attention(q, keys, values, rows.rule).flatten(2)  # (T, B, H * D)
+        attended = self.operations.attention(q, keys, values, rows.rule).flatten(2)  # (T, B, H * D)
         x = self.o_proj(attended, gate, residual=x)
-        hidden = swiglu(self.gate_up_proj(self.post_norm(x), gate))
+        hidden = self.operations.swiglu(self.gate_up_proj(self.post_norm(x), gate))
         return self.down_proj(hidden, gate, residual=x)

@@ -34,7 +34,8 @@ def held_out_prompts(tokenizer, held_out: dict[str, str], count: int, length: in
         first = int(generator.integers(0, max(1, len(lines) - 30)))
         ids = tokenizer("".join(lines[first : first + 60]))["input_ids"][:length]
         text = tokenizer.decode(ids)
-        if len(ids) == length and tokenizer(text)["input_ids"] == ids:
+        known = any(p["prompt"] == text for p in prompts)
+        if len(ids) == length and tokenizer(text)["input_ids"] == ids and not known:
             prompts.append({"file": name, "line": first + 1, "prompt": text})
     return prompts
 
