@@ -244,6 +244,13 @@ def ablation(model: MTPModel, prompts: list[list[int]], new_tokens: int, k: int,
     return table([f"k = {k}", "tokens per step, pooled", "mean over prompts", "median (quartiles)"], lines), records
 
 
+def shown(value):
+    """A setting as it is written down: what ships with the package is named relative to it, wherever that is installed."""
+    if isinstance(value, Path) and value.is_relative_to(BASE.parents[2]):
+        return value.relative_to(BASE.parents[2]).as_posix()
+    return str(value) if isinstance(value, Path) else value
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -282,7 +289,7 @@ def main(argv=None) -> int:
     if bad:
         raise ValueError(f"--k has {bad}; accepted are 1 to the adapter's {model.mtp.num_masks}")
     where = environment(device)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()} | {"dtype": dtype_name}
+    settings = {key: shown(value) for key, value in vars(args).items()} | {"dtype": dtype_name}
     print(f"{where['device']}, {dtype_name}, {where['cpu_threads']} CPU threads, torch {where['versions']['torch']}; "
           f"{len(prompts)} held-out prompts, up to {args.new_tokens} new tokens each, batch {args.batch}\n")  # fmt: skip
 

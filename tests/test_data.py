@@ -34,7 +34,7 @@ def tokenizer():
 
 @pytest.fixture
 def read(tmp_path, tokenizer):
-    def read(*records, tokenizer=tokenizer, eos=2, max_length=50, vocab_size=len(WORDS)):
+    def read(*records, tokenizer=tokenizer, eos=2, max_length=50, vocab_size=10):
         path = tmp_path / "data.jsonl"
         path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
         return read_examples([path], tokenizer, max_length=max_length, vocab_size=vocab_size, eos=eos)
