@@ -217,30 +217,25 @@ def check(model: MTPModel, prompts: list[list[int]], new_tokens: int, ks: list[i
     return table(["mode", "k", "same text, batch 1", "tokens per step", "same text, batch 4", "tokens per step"], lines), good
 
 
-def ablation(model: MTPModel, prompts: list[list[int]], new_tokens: int, k: int, without_lcm: Path) -> tuple[str, list[dict]]:
-    """Tokens per step of the method's parts, with quartiles over the prompts."""
+def ablation(model: MTPModel, prompts: list[list[int]], new_tokens: int, k: int, adapters: list[Path]) -> tuple[str, list[dict]]:
+    """Tokens per step of the method's parts, with quartiles over the prompts; leaves the last adapter on the model."""
     lines, records = [], []
-    mine = model.mtp, {n: p.detach().clone() for n, p in model.adapter_parameters().items()}
-    adapters = [("with LCM", None)] + ([("without LCM", without_lcm)] if without_lcm.is_dir() else [])
-    for name, directory in adapters:
-        if directory is not None:
-            model.remove_adapter()
-            load_adapter(directory).apply(model, model.dtype)
+    for directory in adapters:
+        adapter = load_adapter(directory)
+        model.remove_adapter()
+        adapter.apply(model, model.dtype)
+        lcm = adapter.notes.get("training", {}).get("lcm_weight", 1.0) > 0
+        name = "with LCM" if lcm else "without LCM"
         for mode, sampler in (("linear", False), ("linear", True), ("quadratic", False), ("quadratic", True)):
             row = Row(mode, k)
             for prompt in tqdm(prompts, desc=f"{mode}, {name}", disable=None, leave=False):
                 measure(row, model, None, [prompt], new_tokens, use_sampler=sampler)
             middle, low, high = quartiles(row.per_prompt)
             mean = sum(row.per_prompt) / len(row.per_prompt)
-            records.append({"mode": mode, "sampler": sampler, "lcm": directory is None, "k": k, "pooled": row.tokens / row.passes,
+            records.append({"mode": mode, "sampler": sampler, "lcm": lcm, "k": k, "pooled": row.tokens / row.passes,
                             "mean": mean, "median": middle, "quartiles": [low, high], "per_prompt": row.per_prompt})  # fmt: skip
             lines.append([f"{mode}, {'with' if sampler else 'without'} sampler, {name}", f"{row.tokens / row.passes:.2f}",
                           f"{mean:.2f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"])  # fmt: skip
-    model.remove_adapter()
-    model.add_adapter(mine[0], dtype=model.dtype)
-    with torch.no_grad():
-        for name, parameter in model.adapter_parameters().items():
-            parameter.copy_(mine[1][name])
     return table([f"k = {k}", "tokens per step, pooled", "mean over prompts", "median (quartiles)"], lines), records
 
 
@@ -299,7 +294,8 @@ def main(argv=None) -> int:
         write_json(args.out / "decode_check.json", {"environment": where, "settings": settings, "identical": good, "table": text.splitlines()})
         return 0 if good or dtype != torch.float32 else 1
     if args.ablation:
-        text, records = ablation(model, prompts, args.new_tokens, (args.k or [model.mtp.num_masks])[0], ADAPTER_NO_LCM)
+        adapters = [args.adapter] + ([ADAPTER_NO_LCM] if args.adapter == ADAPTER else [])
+        text, records = ablation(model, prompts, args.new_tokens, (args.k or [model.mtp.num_masks])[0], adapters)
         print(text)
         write_json(args.out / "decode_ablation.json", {"environment": where, "settings": settings, "rows": records})
         return 0

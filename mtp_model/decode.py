@@ -97,8 +97,12 @@ class Decoding:
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.finished = [False] * batch
         self.stats = DecodeStats([0] * batch, [0] * batch, [0] * k, [0] * k)
+        self._iterator = self._run()
 
     def __iter__(self) -> Iterator[list[list[int]]]:
+        return self._iterator  # one run: a loop that was left goes on where it stopped
+
+    def _run(self) -> Iterator[list[list[int]]]:
         began = time.perf_counter()
         steps = self._steps()
         while True:  # gradients are off inside the steps only, never in the caller's code between them

@@ -1,6 +1,7 @@
 """`python -m bench.decode` at toy size: it runs, it writes what it says, and its numbers hang together."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -65,6 +66,18 @@ def test_check_counts_a_wrong_text(monkeypatch):
     monkeypatch.setattr(decode, "measure", wrong)
     text, good = decode.check(model, prompts, 8, [2])
     assert not good and "0 of 1" in text
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_ablation(tmp_path, own):
+    """Four rows for an adapter; the demo's is also held against the one without LCM, somebody's own is not."""
+    adapter = shutil.copytree(ADAPTER, tmp_path / "own") if own else ADAPTER
+    arguments = ["--ablation", "--num-prompts", "2", "--new-tokens", "10", "--k", "2", "--adapter", str(adapter), "--out", str(tmp_path)]
+    assert decode.main(arguments) == 0
+    rows = json.loads((tmp_path / "decode_ablation.json").read_text())["rows"]
+    ways = [(mode, sampler) for mode in ("linear", "quadratic") for sampler in (False, True)]
+    assert [(r["mode"], r["sampler"], r["lcm"]) for r in rows] == [(*way, lcm) for lcm in ([True] if own else [True, False]) for way in ways]
+    assert all(len(r["per_prompt"]) == 2 and 1 <= r["pooled"] <= 3 for r in rows)
 
 
 @pytest.mark.parametrize(

@@ -217,3 +217,14 @@ def test_no_adapter(toy_model):
     with pytest.raises(ValueError, match="adapter"):
         Decoding(toy_model, PROMPTS, mode="quadratic")
     assert len(generate(toy_model, [[1]], mode="autoregressive", max_new_tokens=3).tokens[0]) == 3
+
+
+def test_a_loop_that_was_left_goes_on(shared):
+    expected = generate(shared.model, PROMPTS[:2], mode="quadratic", k=2, max_new_tokens=9).tokens
+    decoding = Decoding(shared.model, PROMPTS[:2], mode="quadratic", k=2, max_new_tokens=9)
+    first = next(iter(decoding))
+    assert decoding.tokens == first != expected
+    rest = list(decoding)
+    assert decoding.tokens == expected
+    assert [a + [t for new in rest for t in new[b]] for b, a in enumerate(first)] == expected
+    assert list(decoding) == []
