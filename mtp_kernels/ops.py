@@ -1,12 +1,18 @@
 """The contract: what each operation computes, on which shapes and dtypes, and how it fails.
 
 Every function checks its arguments and raises ValueError saying what was passed and what is accepted, then calls an
-implementation. `reference` (plain PyTorch, any device) is the one there is; `implementation=` names it explicitly.
+implementation: `reference` (plain PyTorch, any device) or `triton` (fused kernels on a GPU; on a CPU only in Triton's
+interpreter). The default is Triton for tensors on a GPU where Triton is installed and has the operation, else the
+reference. `implementation=` names one explicitly, and raises ValueError if that one cannot run.
 
 Dimensions: T rows of each of B sequences (NTP rows first, masks after), H query heads, H_kv key heads (H a multiple of
 H_kv), D head size, S columns of the K/V cache, d hidden size, V vocabulary, R LoRA rank, k masks per block.
 Floating dtypes: float32, float16, bfloat16; all floating arguments of a call share one dtype and one device.
 """
+
+import importlib.util
+from functools import lru_cache
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -16,24 +22,65 @@ from mtp_kernels.types import AttentionRule, SamplerWeights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_RANK = 512
-IMPLEMENTATIONS = {"reference": reference}
+IMPLEMENTATIONS = ("reference", "triton")
+OPERATIONS = (
+    "accept", "attention", "gated_lora_linear", "linear_cross_entropy", "rms_norm", "rotary_embedding", "rotary_frequencies",
+    "rotary_tables", "sampler_draft", "sampler_hidden", "swiglu",
+)  # fmt: skip
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
-def _implementation(name: str | None):
+@lru_cache(maxsize=1)
+def _triton() -> ModuleType | None:
+    """The fused kernels, imported at the first use; None where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from mtp_kernels import triton
+
+    return triton
+
+
+def _implementation(name: str | None, operation: str, device: torch.device):
+    """The function that computes `operation` for tensors on `device`, by default or as asked."""
+    if name not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation is {name!r}; accepted are {', '.join(map(repr, IMPLEMENTATIONS))} or None")
+    if name == "reference" or (name is None and device.type != "cuda"):
+        return getattr(reference, operation)
+    kernels = _triton()
     if name is None:
-        return reference
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {name!r}; accepted are {sorted(IMPLEMENTATIONS)} or None")
-    return IMPLEMENTATIONS[name]
+        return getattr(kernels, operation, None) or getattr(reference, operation)
+    if kernels is None:
+        raise ValueError("implementation is 'triton' and Triton is not installed; accepted here is 'reference'")
+    if operation not in kernels.__all__:
+        raise ValueError(f"{operation} has no Triton kernel; those that have are {', '.join(kernels.__all__)}")
+    if device.type != "cuda" and not kernels.INTERPRETED:
+        raise ValueError(
+            f"implementation is 'triton' and the tensors are on {device}; accepted are a GPU, or TRITON_INTERPRET=1 set before Triton is imported"
+        )
+    return getattr(kernels, operation)
 
 
-def unchecked(implementation: str | None = None):
+def unchecked(implementation: str | None = None) -> SimpleNamespace:
     """The operations without their argument checks, as attributes: for inner loops whose shapes are right by construction.
 
-    Takes the same arguments except `implementation`, chosen here. A wrong argument gives whatever error or result it gives.
+    They take the same arguments except `implementation`, chosen here: None picks by the device of the first argument.
+    With "triton", an operation without a Triton kernel is the reference's. A wrong argument gives whatever it gives.
     """
-    return _implementation(implementation)
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation is {implementation!r}; accepted are {', '.join(map(repr, IMPLEMENTATIONS))} or None")
+    kernels = None if implementation == "reference" else _triton()
+    if implementation == "triton" and kernels is None:
+        raise ValueError("implementation is 'triton' and Triton is not installed; accepted here is 'reference'")
+    table = {}
+    for name in OPERATIONS:
+        plain, fused = getattr(reference, name), getattr(kernels, name, None)
+        if fused is None or implementation == "triton":
+            table[name] = fused or plain
+        else:
+            table[name] = lambda x, *args, _plain=plain, _fused=fused, **options: (
+                (_fused if x.is_cuda else _plain)(x, *args, **options)
+            )
+    return SimpleNamespace(**table)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -92,7 +139,7 @@ def gated_lora_linear(
     Differentiable in x, weight, lora_a, lora_b, bias, residual. Raises ValueError for shapes, dtypes, devices, ranks or
     gates other than these.
     """
-    module = _implementation(implementation)
+    compute = _implementation(implementation, "gated_lora_linear", x.device)
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has shape {_shape(x)} and weight {_shape(weight)}; accepted are x (..., K) and weight (N, K)")
     n, k = weight.shape
@@ -124,7 +171,7 @@ def gated_lora_linear(
         rows = x.numel() // k if k else 0
         if isinstance(gate, bool) or not isinstance(gate, int) or not 0 <= gate <= rows:
             raise ValueError(f"gate is {gate!r}; accepted is an int from 0 to the number of rows ({rows}), a boolean tensor, or None")
-    return module.gated_lora_linear(
+    return compute(
         x, weight, lora_a, lora_b, gate, scale=scale, splits=splits, bias=bias, residual=residual
     )  # fmt: skip
 
@@ -158,7 +205,7 @@ def attention(
     Differentiable in q, k, v. Raises ValueError for shapes, dtypes or devices other than these; the *values* in the rule
     are not checked.
     """
-    module = _implementation(implementation)
+    compute = _implementation(implementation, "attention", q.device)
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"q has shape {_shape(q)} and k {_shape(k)}; accepted are q (T, B, H, D) and k (B, H_kv, S, D)")
     t, b, h, d = q.shape
@@ -172,7 +219,7 @@ def attention(
         rule._cache["checked"] = (t, b, q.device)
     if not 1 <= rule.num_keys <= k.shape[2]:
         raise ValueError(f"rule.num_keys is {rule.num_keys}; accepted is 1 to S = {k.shape[2]}")
-    return module.attention(q, k, v, rule, scale=scale)
+    return compute(q, k, v, rule, scale=scale)
 
 
 def rms_norm(
@@ -183,12 +230,12 @@ def rms_norm(
     x, residual: (..., d). weight: (d,). Returns y (..., d), or the pair (y, x + residual) when a residual is passed.
     The mean is taken in float32. Differentiable in x, weight, residual. Raises ValueError for other shapes, dtypes, devices.
     """
-    module = _implementation(implementation)
+    compute = _implementation(implementation, "rms_norm", x.device)
     _check_shape("weight", weight, tuple(x.shape[-1:]), "(d,), x's last dimension,")
     _check_floating("x weight residual", x, weight, residual)
     if residual is not None:
         _check_shape("residual", residual, tuple(x.shape), "x's shape")
-    return module.rms_norm(x, weight, eps, residual)
+    return compute(x, weight, eps, residual)
 
 
 def rotary_frequencies(head_dim: int, theta: float = 10000.0, scaling: dict | None = None) -> Tensor:
@@ -230,14 +277,14 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, implementation: str
     x: (..., H, D). cos, sin: (..., D), see `rotary_tables` (sin's first half is negated, so y = x cos + swap(x) sin).
     Returns x's shape. Differentiable in x. Raises ValueError for other shapes, dtypes or devices.
     """
-    module = _implementation(implementation)
+    compute = _implementation(implementation, "rotary_embedding", x.device)
     if x.ndim < 2 or x.shape[-1] % 2:
         raise ValueError(f"x has shape {_shape(x)}; accepted is (..., H, D) with even D")
     expected = (*x.shape[:-2], x.shape[-1])
     _check_shape("cos", cos, expected, "(..., D)")
     _check_shape("sin", sin, expected, "(..., D)")
     _check_floating("x cos sin", x, cos, sin)
-    return module.rotary_embedding(x, cos, sin)
+    return compute(x, cos, sin)
 
 
 def swiglu(x: Tensor, *, implementation: str | None = None) -> Tensor:
@@ -245,11 +292,11 @@ def swiglu(x: Tensor, *, implementation: str | None = None) -> Tensor:
 
     x: (..., 2 F). Returns (..., F). Differentiable in x. Raises ValueError for an odd last dimension or another dtype.
     """
-    module = _implementation(implementation)
+    compute = _implementation(implementation, "swiglu", x.device)
     if x.ndim < 1 or x.shape[-1] % 2:
         raise ValueError(f"x has shape {_shape(x)}; accepted is (..., 2 F)")
     _check_floating("x", x)
-    return module.swiglu(x)
+    return compute(x)
 
 
 _SAMPLER_NAMES = " ".join(f"weights.{name}" for name in SamplerWeights._fields)
@@ -271,11 +318,11 @@ def sampler_hidden(
     the final norm. Returns (..., d); its product with lm_head are the sampler's logits. Differentiable in everything.
     Raises ValueError for other shapes, dtypes or devices.
     """
-    module = _implementation(implementation)
+    compute = _implementation(implementation, "sampler_hidden", z.device)
     _check_shape("previous", previous, tuple(z.shape), "z's shape")
     _check_sampler(weights, z.shape[-1])
     _check_floating("z previous " + _SAMPLER_NAMES, z, previous, *weights)
-    return module.sampler_hidden(previous, z, weights)
+    return compute(previous, z, weights)
 
 
 def sampler_draft(
@@ -293,7 +340,7 @@ def sampler_draft(
     embedding, lm_head: (V, d). Returns (B, k) int64; the lowest id wins a tie. Not differentiable.
     Raises ValueError for other shapes, dtypes or devices.
     """
-    module = _implementation(implementation)
+    compute = _implementation(implementation, "sampler_draft", z.device)
     if z.ndim != 3:
         raise ValueError(f"z has shape {_shape(z)}; accepted is (B, k, d)")
     b, _, d = z.shape
@@ -303,7 +350,7 @@ def sampler_draft(
     _check_shape("lm_head", lm_head, (lm_head.shape[0], d), "(V, d)")
     _check_sampler(weights, d)
     _check_floating("z embedding lm_head " + _SAMPLER_NAMES, z, embedding, lm_head, *weights)
-    return module.sampler_draft(z, first, embedding, weights, lm_head)
+    return compute(z, first, embedding, weights, lm_head)
 
 
 def linear_cross_entropy(
@@ -321,7 +368,7 @@ def linear_cross_entropy(
     loss (...) float32 per row, 0 where ignored; guess (...) int64, the most likely token (lowest id on a tie).
     Differentiable in hidden and lm_head. Raises ValueError for other shapes, dtypes, devices or a chunk below 1.
     """
-    module = _implementation(implementation)
+    compute = _implementation(implementation, "linear_cross_entropy", hidden.device)
     if lm_head.ndim != 2 or hidden.shape[-1:] != lm_head.shape[1:]:
         raise ValueError(f"hidden has shape {_shape(hidden)} and lm_head {_shape(lm_head)}; accepted are (..., d) and (V, d)")
     _check_shape("labels", labels, tuple(hidden.shape[:-1]), "hidden's leading shape")
@@ -330,7 +377,7 @@ def linear_cross_entropy(
     _check_floating("hidden lm_head", hidden, lm_head)
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; accepted is 1 or more")
-    return module.linear_cross_entropy(hidden, lm_head, labels, ignore_index=ignore_index, chunk=chunk)
+    return compute(hidden, lm_head, labels, ignore_index=ignore_index, chunk=chunk)
 
 
 def accept(
@@ -343,7 +390,7 @@ def accept(
     Returns (a, next), (B,) each: a = the largest count such that d_i == y_{i-1} for *all* i <= a (a match after a
     mismatch counts for nothing), next = y_a. Raises ValueError for other shapes or dtypes.
     """
-    module = _implementation(implementation)
+    compute = _implementation(implementation, "accept", drafts.device)
     if drafts.ndim != 2:
         raise ValueError(f"drafts has shape {_shape(drafts)}; accepted is (B, k)")
     b, k = drafts.shape
@@ -353,4 +400,4 @@ def accept(
     if counts is not None:
         _check_shape("counts", counts, (b,), "(B,)")
         _check_integer("counts", counts, drafts.device)
-    return module.accept(drafts, predictions, counts)
+    return compute(drafts, predictions, counts)

@@ -1,12 +1,17 @@
 """Toy models: random Llamas of a few thousand parameters, saved by transformers and opened by the package."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from mtp_model import MTPConfig, load_model
+if not torch.cuda.is_available():  # before Triton is first imported, which transformers does
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from mtp_model import MTPConfig, load_model  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -25,6 +25,7 @@ from mtp_kernels import (
     sampler_hidden,
     swiglu,
 )
+from mtp_kernels.testing import assert_within_budget
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALVES = DTYPES[1:]
@@ -33,17 +34,6 @@ HALVES = DTYPES[1:]
 def randn(*shape, seed=0, dtype=torch.float32, scale=1.0):
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return (torch.randn(*shape, generator=generator) * scale).to(dtype)
-
-
-def assert_within_budget(got, exact, eager):
-    """At most twice the error of a straightforward computation in the same dtype, plus one rounding step."""
-    assert got.dtype == eager.dtype and got.shape == exact.shape
-    if not got.numel():
-        return
-    step = torch.finfo(got.dtype).eps * exact.abs()
-    limit = 2 * (eager.double() - exact).abs().max() + step
-    excess = ((got.double() - exact).abs() - limit).max()
-    assert excess <= 0, f"beyond the budget by {float(excess)}"
 
 
 def lora_formula(x, weight, a, b, on, scale, splits, bias, residual):
