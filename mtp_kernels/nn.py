@@ -1,6 +1,7 @@
 """Modules: weights and one call into `ops` each.
 
 A module's `operations` are the checked functions of `ops`; a model that guarantees its shapes may set `ops.unchecked()`.
+Under torch.autocast a module casts its input and its weights as torch's own layer of the kind does.
 """
 
 from collections.abc import Sequence
@@ -12,15 +13,29 @@ from mtp_kernels import ops
 from mtp_kernels.types import SamplerWeights
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which torch.autocast wants matrix products on x's device; None where it is not enabled."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 class GatedLoRALinear(nn.Module):
     """One or several linear projections of the same input, with a LoRA adapter on the rows that the gate selects.
 
     `weight` holds the projections one below the other, (sum(out_features), in_features); `lora_A` their shrink matrices
     (len(out_features) * rank, in_features); `lora_B` their expand matrices (sum(out_features), rank). Without an adapter
     (rank 0) this is an ordinary linear layer. See `ops.gated_lora_linear` for the formula.
+
+    `GatedLoRALinear(d, (q, kv, kv))` is a q/k/v group, `GatedLoRALinear(d, (f, f))` a gate/up group. In evaluation mode
+    without gradients the adapter is kept in the form that the operation is fastest with, until a parameter changes;
+    writing into `lora_A.data` in place does not count as a change (it bypasses torch's version counter), `eval()` does.
     """
 
     operations = ops
+    rank, scale = 0, 1.0
+    _prepared: tuple | None = None
 
     def __init__(self, in_features: int, out_features: int | Sequence[int], bias: bool = False, device=None, dtype=None):
         super().__init__()
@@ -32,43 +47,93 @@ class GatedLoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
-        self.rank, self.scale = 0, 1.0
-        self._prepared: tuple[tuple, tuple] | None = None
 
-    def add_adapter(self, rank: int, alpha: float, dtype: torch.dtype | None = None, generator=None) -> None:
-        """Give each projection an adapter of `rank`, scaled by `alpha / rank`; A is random, B zero (so it adds nothing)."""
-        if not 1 <= rank <= 512:
-            raise ValueError(f"rank is {rank}; accepted are 1 to 512")
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear | Sequence[nn.Linear], rank: int = 0, alpha: float | None = None
+    ) -> "GatedLoRALinear":
+        """The layer that computes what an nn.Linear does, or what several of the same input do, side by side.
+
+        One linear's parameters are shared, not copied; those of several are stacked copies. rank 0: without an adapter,
+        else see `add_adapter`. Raises ValueError for other modules (subclasses too: a quantised weight is not this
+        weight), and for linears that differ in input size, dtype, device or in having a bias.
+        """
+        linears = [linear] if isinstance(linear, nn.Module) else list(linear)
+        wrong = [type(each).__name__ for each in linears if type(each) is not nn.Linear]
+        if wrong or not linears:
+            raise ValueError(f"from_linear was passed {wrong or 'no module'}; accepted are one nn.Linear or several")
+        kinds = {(each.in_features, each.weight.dtype, each.weight.device, each.bias is not None) for each in linears}
+        if len(kinds) > 1:
+            raise ValueError(f"the linears' (in_features, dtype, device, bias) are {sorted(map(str, kinds))}; accepted is one of each")
+        first = linears[0]
+        module = cls(first.in_features, [each.out_features for each in linears], device="meta")
+        for name in ("weight", "bias"):
+            parts = [getattr(each, name) for each in linears]
+            if parts[0] is not None and len(parts) > 1:
+                trained = any(part.requires_grad for part in parts)
+                parts = [nn.Parameter(torch.cat([part.detach() for part in parts]), requires_grad=trained)]
+            setattr(module, name, parts[0])
+        if rank:
+            module.add_adapter(rank, alpha)
+        return module.train(first.training)
+
+    def add_adapter(self, rank: int, alpha: float | None = None, dtype: torch.dtype | None = None, generator=None) -> None:
+        """Give each projection an adapter of `rank`, scaled by `alpha / rank`; A is random, B zero (so it adds nothing).
+
+        alpha: default the rank, scale 1. dtype: default the weight's. Raises ValueError for a rank outside 1 to 512.
+        """
+        if not 1 <= rank <= ops.MAX_RANK:
+            raise ValueError(f"rank is {rank}; accepted are 1 to {ops.MAX_RANK}")
         dtype = dtype or self.weight.dtype
         bound = self.in_features**-0.5
         a = torch.empty(len(self.splits) * rank, self.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(a.to(self.weight.device, dtype))
         self.lora_B = nn.Parameter(torch.zeros(sum(self.splits), rank, device=self.weight.device, dtype=dtype))
-        self.rank, self.scale = rank, alpha / rank
+        self.rank, self.scale = rank, 1.0 if alpha is None else alpha / rank
 
     def remove_adapter(self) -> None:
         self.lora_A = self.lora_B = self._prepared = None
         self.rank, self.scale = 0, 1.0
 
+    def train(self, mode: bool = True) -> "GatedLoRALinear":
+        self._prepared = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_prepared": None}  # a copy has other storage: what is kept must not be taken for its own
+
     def _adapter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
-        """(A, B, splits) in `dtype`. Without gradients, B is block-diagonal, the adapters as one, and kept until changed."""
+        """(A, B, splits) in `dtype`. In evaluation without gradients they are kept, on a CPU with B block-diagonal, the
+        adapters as one (the reference would put them together at each call; a fused kernel has no use for it)."""
         a, b, splits = self.lora_A, self.lora_B, self.splits
-        if torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or a.is_inference():
             return a.to(dtype), b.to(dtype), splits
         key = (dtype, a._version, b._version, a.data_ptr(), b.data_ptr())
-        if self._prepared is None or self._prepared[0] != key:
-            stacked = 1 < len(splits) <= ops.MAX_RANK // self.rank
-            b = torch.block_diag(*b.detach().split(splits)) if stacked else b.detach()
-            self._prepared = key, (a.detach().to(dtype), b.to(dtype), None if stacked else splits)
-        return self._prepared[1]
+        prepared = self._prepared
+        if prepared is None or prepared[0] != key:
+            a, b = a.detach(), b.detach()
+            stacked = a.device.type == "cpu" and 1 < len(splits) <= ops.MAX_RANK // self.rank
+            expand = torch.block_diag(*b.split(splits)) if stacked else b
+            # the last two keep the parameters' storage, so that no other tensor can come to lie at the key's addresses
+            prepared = self._prepared = key, (a.to(dtype), expand.to(dtype), None if stacked else splits), a, b
+        return prepared[1]
 
     def forward(self, x: Tensor, gate: int | Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """x: (..., in_features); gate: None (off), an int or a boolean tensor, see `ops`; residual is added to the result."""
+        weight, bias, outside = self.weight, self.bias, None
+        dtype = _autocast_dtype(x)
+        if dtype is not None:
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            if residual is not None and residual.dtype is not dtype:
+                residual, outside = None, residual  # as in `residual + linear(x)`, it keeps its precision
         if self.lora_A is None or gate is None:
-            return self.operations.gated_lora_linear(x, self.weight, bias=self.bias, residual=residual)
-        lora_a, lora_b, splits = self._adapter(x.dtype)
-        return self.operations.gated_lora_linear(
-            x, self.weight, lora_a, lora_b, gate, scale=self.scale, splits=splits, bias=self.bias, residual=residual
-        )
+            y = self.operations.gated_lora_linear(x, weight, bias=bias, residual=residual)
+        else:
+            lora_a, lora_b, splits = self._adapter(x.dtype)
+            y = self.operations.gated_lora_linear(
+                x, weight, lora_a, lora_b, gate, scale=self.scale, splits=splits, bias=bias, residual=residual
+            )
+        return y if outside is None else outside + y
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.splits}, bias={self.bias is not None}, rank={self.rank}"
@@ -85,10 +150,55 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, residual: Tensor | None = None):
+        if _autocast_dtype(x) is not None:  # norms stay in the weight's precision there
+            x, residual = x.to(self.weight.dtype), None if residual is None else residual.to(self.weight.dtype)
         return self.operations.rms_norm(x, self.weight, self.eps, residual)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), the MLP of the Llama family (Shazeer 2020), with an adapter on the gate's rows.
+
+    `gate_up_proj` and `down_proj` are `GatedLoRALinear`s, the first a group of two.
+    """
+
+    operations = ops
+
+    def __init__(self, size: int, intermediate_size: int, bias: bool = False, device=None, dtype=None):
+        super().__init__()
+        self.gate_up_proj = GatedLoRALinear(size, (intermediate_size, intermediate_size), bias, device, dtype)
+        self.down_proj = GatedLoRALinear(intermediate_size, size, bias, device, dtype)
+
+    @classmethod
+    def from_linear(
+        cls, gate_proj: nn.Linear, up_proj: nn.Linear, down_proj: nn.Linear, rank: int = 0, alpha: float | None = None
+    ) -> "SwiGLU":
+        """The module that computes what an MLP's three nn.Linear do. See `GatedLoRALinear.from_linear`.
+
+        Raises ValueError also for linears whose sizes do not make an MLP.
+        """
+        module = cls(1, 1, device="meta")
+        module.gate_up_proj = GatedLoRALinear.from_linear((gate_proj, up_proj), rank, alpha)
+        module.down_proj = GatedLoRALinear.from_linear(down_proj, rank, alpha)
+        sizes = (*module.gate_up_proj.splits, down_proj.in_features)
+        if len(set(sizes)) > 1:
+            raise ValueError(f"gate_proj, up_proj and down_proj have {sizes} intermediate features; accepted is one number")
+        return module.train(gate_proj.training)
+
+    def add_adapter(self, rank: int, alpha: float | None = None, dtype: torch.dtype | None = None, generator=None) -> None:
+        """See `GatedLoRALinear.add_adapter`."""
+        self.gate_up_proj.add_adapter(rank, alpha, dtype, generator)
+        self.down_proj.add_adapter(rank, alpha, dtype, generator)
+
+    def remove_adapter(self) -> None:
+        self.gate_up_proj.remove_adapter()
+        self.down_proj.remove_adapter()
+
+    def forward(self, x: Tensor, gate: int | Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """x: (..., size); gate and residual as in `GatedLoRALinear`. Returns x's shape."""
+        return self.down_proj(self.operations.swiglu(self.gate_up_proj(x, gate)), gate, residual)
 
 
 class SamplerHead(nn.Module):
@@ -107,6 +217,9 @@ class SamplerHead(nn.Module):
         return SamplerWeights(*(t if dtype is None else t.to(dtype) for t in tensors))
 
     def forward(self, previous: Tensor, z: Tensor) -> Tensor:
+        dtype = _autocast_dtype(z)
+        if dtype is not None:
+            previous, z = previous.to(dtype), z.to(dtype)
         return ops.sampler_hidden(previous, z, self.weights(z.dtype))
 
     def draft(self, z: Tensor, first: Tensor, embedding: Tensor, lm_head: Tensor) -> Tensor:

@@ -23,10 +23,11 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, device=None, dtype: torch.dtype = torch.float32):
         columns = -(-capacity // _ALIGNMENT) * _ALIGNMENT
-        shape = (batch, config.num_key_value_heads, columns, config.head_dim)
+        # Stored by column, (S, B, H_kv, D), as a pass's rows come, so that writing them is one copy.
         # Zeros, not empty memory: a column nobody may attend still enters a product with probability 0, and 0 * NaN is NaN.
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        shape = (config.num_hidden_layers, columns, batch, config.num_key_value_heads, config.head_dim)
+        self._keys, self._values = (list(torch.zeros(shape, device=device, dtype=dtype)) for _ in range(2))
+        self.keys, self.values = ([x.permute(1, 2, 0, 3) for x in stored] for stored in (self._keys, self._values))
         self.capacity = capacity
         self.lengths = [0] * batch
 
@@ -38,20 +39,18 @@ class KVCache:
         """
         if max(start) + k.shape[0] > self.capacity and not k.requires_grad:
             raise ValueError(f"{max(start) + k.shape[0]} columns are needed; the cache has {self.capacity}")
-        k, v = k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
-        keys, values = self.keys[layer], self.values[layer]
-        if k.requires_grad:
-            n = start[0]  # training starts every sequence's masks at the same column
-            return torch.cat([keys[:, :, :n], k], dim=2), torch.cat([values[:, :, :n], v], dim=2)
-        rows = k.shape[2]
-        if start.count(start[0]) == len(start):
-            keys[:, :, start[0] : start[0] + rows] = k
-            values[:, :, start[0] : start[0] + rows] = v
+        rows, n = k.shape[0], start[0]
+        keys, values = self._keys[layer], self._values[layer]
+        if k.requires_grad:  # training starts every sequence's masks at the same column
+            return torch.cat([keys[:n], k]).permute(1, 2, 0, 3), torch.cat([values[:n], v]).permute(1, 2, 0, 3)
+        if start.count(n) == len(start):
+            keys[n : n + rows] = k
+            values[n : n + rows] = v
         else:
             for b, n in enumerate(start):
-                keys[b, :, n : n + rows] = k[b]
-                values[b, :, n : n + rows] = v[b]
-        return keys, values
+                keys[n : n + rows, b] = k[:, b]
+                values[n : n + rows, b] = v[:, b]
+        return self.keys[layer], self.values[layer]
 
     def commit(self, counts: list[int]) -> None:
         """Add counts[b] tokens to each sequence."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ORDER = ["config", "layout", "cache", "layers", "model", "checkpoint", "decode", "data", "loss", "train", "__main__"]
+ORDER = ["config", "layout", "cache", "layers", "model", "checkpoint", "decode", "data", "loss", "train", "hf", "__main__"]
 
 
 def imports(path):
@@ -24,6 +24,29 @@ def imports(path):
 def test_reference_stands_alone():
     modules = {module for module, _ in imports(ROOT / "mtp_kernels" / "reference.py")}
     assert {m for m in modules if m.split(".")[0] != "torch"} == {"math", "mtp_kernels.types"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "mtp_kernels" / "triton").glob("*.py")), ids=lambda p: p.name)
+def test_triton_files_stand_apart(path):
+    """An operation knows Triton, the contract's types and the shared files (_*), neither the specification nor the contract."""
+    composed = {"gated_lora.py": {"mtp_kernels.triton.swiglu"}}  # whose backward is that of the product, then of SwiGLU
+    for module, name in imports(path):
+        top, place = module.split(".")[0], f"{module}.{name}" if module == "mtp_kernels.triton" else module
+        if top == "mtp_kernels":
+            shared = place == "mtp_kernels.types" or place.startswith("mtp_kernels.triton._")
+            assert shared or path.name == "__init__.py" or place in composed.get(path.name, ()), place
+        else:
+            assert top in ("torch", "triton") or top in sys.stdlib_module_names, module
+
+
+def test_only_the_contract_imports_the_triton_kernels():
+    for package in ("mtp_kernels", "mtp_model"):
+        for path in (ROOT / package).rglob("*.py"):
+            for module, name in imports(path):
+                if path.parent.name != "triton" and (module.startswith("mtp_kernels.triton") or (module, name) == ("mtp_kernels", "triton")):
+                    assert path.name == "ops.py", path
+                if path.parent.name != "triton":
+                    assert module.split(".")[0] != "triton", path
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "mtp_kernels").glob("*.py")), ids=lambda p: p.name)

@@ -1,10 +1,21 @@
-"""Modules: each is its operation on its own weights, adapters come and go, and nothing stale is kept."""
+"""Modules: each is its operation on its own weights, adapters come and go, nothing stale is kept, and torch's own tools
+(autocast, compile, checkpointing, copies, optimizers, sharding) find ordinary modules."""
+
+import copy
+import io
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mtp_kernels import ops
-from mtp_kernels.nn import GatedLoRALinear, RMSNorm, SamplerHead
+from mtp_kernels.nn import GatedLoRALinear, RMSNorm, SamplerHead, SwiGLU
+from mtp_kernels.testing import assert_within_budget
+
+MIXED = torch.tensor([True, False, True, True, False])
 
 
 def layer(splits=(6, 2, 4), rank=3, bias=False):
@@ -35,8 +46,9 @@ def test_gated_lora_linear_is_its_operation(splits, rank, bias, grad):
     assert y.requires_grad == grad
 
 
-def test_changed_adapters_are_seen():
-    module, x = layer(), torch.randn(4, 8)
+@pytest.mark.parametrize("training", [False, True])
+def test_changed_adapters_are_seen(training):
+    module, x = layer().train(training), torch.randn(4, 8)
     with torch.no_grad():
         before = module(x, 0)
         module.lora_B.mul_(2)
@@ -46,6 +58,25 @@ def test_changed_adapters_are_seen():
         module.lora_B.data = torch.zeros_like(module.lora_B)
         assert torch.equal(module(x, 0), module(x))
         assert module(x.bfloat16().float(), 0).dtype == torch.float32
+
+
+def test_what_is_kept_belongs_to_the_parameters():
+    module, x = layer().eval(), torch.randn(4, 8)
+    with torch.no_grad():
+        module(x, 0)
+        for _ in range(20):  # storage that is freed and used again must not pass for the old one's
+            module.lora_B.data = torch.randn(12, 3)
+            module.lora_B.data = torch.randn(12, 3)
+            expected = ops.gated_lora_linear(x, module.weight, module.lora_A, module.lora_B, 0, scale=2.0, splits=(6, 2, 4))
+            assert torch.allclose(module(x, 0), expected, atol=1e-5)
+        module.lora_B.data.zero_()  # torch counts no version here: eval() is what forgets
+        assert torch.equal(module.eval()(x, 0), module(x))
+        assert copy.deepcopy(module)._prepared is None
+        module.load_state_dict(layer().state_dict())
+        assert torch.equal(module(x, 0), layer().eval()(x, 0))
+    with torch.inference_mode():
+        made_here = layer().eval()  # its parameters have no version counter
+        assert torch.equal(made_here(x, 0), module(x, 0))
 
 
 def test_base_and_adapter_may_differ_in_dtype():
@@ -70,6 +101,180 @@ def test_adapters_come_and_go():
     for rank in (0, 513):
         with pytest.raises(ValueError, match=f"rank is {rank}"):
             module.add_adapter(rank, alpha=1.0)
+    module.add_adapter(4)
+    assert module.scale == 1.0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_from_linear(bias):
+    linears = [nn.Linear(8, n, bias=bias).eval() for n in (6, 2, 4)]
+    x = torch.randn(5, 8)
+    one = GatedLoRALinear.from_linear(linears[0])
+    assert one.weight is linears[0].weight and one.bias is linears[0].bias and not one.training and one.rank == 0
+    assert torch.equal(one(x), linears[0](x)) and set(one.state_dict()) == set(linears[0].state_dict())
+    linears[1].requires_grad_(False)
+    group = GatedLoRALinear.from_linear(linears, rank=2, alpha=6.0)
+    assert group.splits == (6, 2, 4) and (group.rank, group.scale) == (2, 3.0) and group.weight.requires_grad
+    torch.testing.assert_close(group(x, 0), torch.cat([each(x) for each in linears], dim=1))
+    assert not GatedLoRALinear.from_linear([each.requires_grad_(False) for each in linears]).weight.requires_grad
+
+
+def test_from_linear_refuses():
+    class Quantised(nn.Linear):
+        pass
+
+    refused = {
+        "Quantised": Quantised(8, 4), "no module": [], "RMSNorm": [nn.Linear(8, 4), RMSNorm(8)],
+        "in_features": [nn.Linear(8, 4), nn.Linear(7, 4)], "bias": [nn.Linear(8, 4), nn.Linear(8, 4, bias=False)],
+        "bfloat16": [nn.Linear(8, 4), nn.Linear(8, 4, dtype=torch.bfloat16)],
+    }  # fmt: skip
+    for match, linears in refused.items():
+        with pytest.raises(ValueError, match=match):
+            GatedLoRALinear.from_linear(linears)
+    with pytest.raises(ValueError, match=r"\(12, 12, 10\) intermediate features"):
+        SwiGLU.from_linear(nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(10, 8))
+
+
+def mlp(rank=3, training=False, **options):
+    torch.manual_seed(0)
+    module = SwiGLU(8, 12, **options)
+    module.add_adapter(rank, alpha=2.0 * rank)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape) / 3)
+    return module.train(training)
+
+
+def test_swiglu_mlp():
+    linears = [nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)]
+    gate, up, down = linears
+    module, x = SwiGLU.from_linear(*linears), torch.randn(5, 8)
+    expected = down(F.silu(gate(x)) * up(x))
+    torch.testing.assert_close(module(x), expected)
+    torch.testing.assert_close(module(x, residual=x), x + expected)
+    module.add_adapter(2)
+    names = {"gate_up_proj", "down_proj"}
+    assert set(module.state_dict()) == {f"{name}.{part}" for name in names for part in ("weight", "bias", "lora_A", "lora_B")}
+    with torch.no_grad():
+        module.down_proj.lora_B.normal_()
+    changed = (module(x, 3) != module(x)).any(1)
+    assert changed.tolist() == [False] * 3 + [True] * 2
+    module.remove_adapter()
+    assert not [name for name in module.state_dict() if "lora" in name]
+
+
+@pytest.mark.parametrize("backend, gate", [("eager", None), ("eager", 2), ("aot_eager", MIXED)], ids=str)
+def test_compiles_whole(backend, gate):
+    """Without a graph break, with and without gradients; another gate of the kind is no other result's."""
+    module, x = mlp(), torch.randn(5, 8)
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, gate), module(x, gate))
+        if gate is not None:
+            other = 4 if isinstance(gate, int) else ~gate
+            torch.testing.assert_close(compiled(x, other), module(x, other))
+    module.train()
+    used = [p for n, p in module.named_parameters() if gate is not None or "lora" not in n]
+    got, wanted = (torch.autograd.grad(f(x, gate, x).sum(), used) for f in (compiled, module))
+    torch.testing.assert_close(got, wanted)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("gate", [None, 2, MIXED], ids=str)
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast(gate, grad):
+    module, x = layer(bias=True).eval(), torch.randn(5, 8)
+    low = copy.deepcopy(module).bfloat16()
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        y = module(x, gate)
+        assert y.dtype == F.linear(x, module.weight).dtype == torch.bfloat16
+        summed = module(x, gate, residual=torch.full((5, 12), 1000.0))
+    assert torch.equal(y, low(x.bfloat16(), gate))
+    assert summed.dtype == torch.float32 and torch.equal(summed, 1000 + y.float())  # bfloat16 has steps of 4 up there
+    if grad:
+        y.float().square().sum().backward()
+        assert module.weight.grad.dtype == torch.float32 and (module.lora_A.grad is not None) == (gate is not None)
+    with pytest.raises(ValueError, match="one dtype"):
+        module(x.bfloat16(), gate)
+
+
+@torch.no_grad()
+def test_norm_sampler_and_mlp_under_autocast():
+    norm, head, block, x = RMSNorm(8), SamplerHead(8), mlp(), torch.randn(5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norm(x.bfloat16()), norm(x.bfloat16().float())) and norm(x.bfloat16(), x)[1].dtype == torch.float32
+        got, sampled = block(norm(x), 2, residual=x), head(x, x.bfloat16())
+    exact = copy.deepcopy(block).double()
+    z, w = norm(x).double(), {n: p for n, p in exact.named_parameters()}
+    both = z @ w["gate_up_proj.weight"].T
+    a, b = w["gate_up_proj.lora_A"].view(2, 3, 8), w["gate_up_proj.lora_B"].view(2, 12, 3)
+    both[2:] += 2 * torch.cat([z[2:] @ a[i].T @ b[i].T for i in range(2)], dim=1)
+    hidden = F.silu(both[:, :12]) * both[:, 12:]
+    out = hidden @ w["down_proj.weight"].T
+    out[2:] += 2 * hidden[2:] @ w["down_proj.lora_A"].T @ w["down_proj.lora_B"].T
+    eager = block.bfloat16()(z.bfloat16(), 2)
+    assert_within_budget((got - x).bfloat16(), out, eager)
+    torch.testing.assert_close(sampled.float(), head(x, x), atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("gate", [2, MIXED], ids=str)
+def test_activation_checkpointing(gate, reentrant):
+    module, x = mlp(training=True), torch.randn(5, 8, requires_grad=True)
+    parts = [x, *module.parameters()]
+    module(x, gate).square().sum().backward()
+    plain = [part.grad.clone() for part in parts]
+    for part in parts:
+        part.grad = None
+    checkpoint(module, x, gate, use_reentrant=reentrant).square().sum().backward()
+    assert all(torch.equal(part.grad, wanted) for part, wanted in zip(parts, plain, strict=True))
+
+
+@torch.no_grad()
+def test_copies_and_files():
+    module, x = mlp(), torch.randn(5, 8)
+    y = module(x, 2)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded, copied, other = torch.load(file, weights_only=False), copy.deepcopy(module), SwiGLU(8, 12).eval()
+    other.add_adapter(3, alpha=6.0)
+    other.load_state_dict(module.state_dict())
+    module.down_proj.lora_B.zero_()
+    for each in (loaded, copied, other):
+        assert torch.equal(each(x, 2), y) and not torch.equal(module(x, 2), y)
+    for dtype in (torch.bfloat16, torch.float16):
+        each = copied.to(dtype)
+        assert {p.dtype for p in each.parameters()} == {dtype} and each(x.to(dtype), 2).dtype == dtype
+    with torch.device("meta"):
+        shapes = mlp()
+    assert shapes(x.to("meta"), 2).shape == x.shape == shapes.to_empty(device="cpu")(x, 2).shape
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # of in-place writes to outputs, of which there are none here
+def test_parameters_are_ordinary(tmp_path):
+    """An optimizer and FSDP's sharding see plain parameters; a step with either gives the same."""
+    module, x = mlp(training=True), torch.randn(5, 8)
+    assert {type(p) for p in module.parameters()} == {nn.Parameter} and len(list(module.parameters())) == 6
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        sharded = copy.deepcopy(module)
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for part in (sharded.gate_up_proj, sharded.down_proj, sharded):
+            dist.fsdp.fully_shard(part, mesh=mesh)
+        outputs = []
+        for each in (module, sharded):
+            optimizer = torch.optim.SGD(each.parameters(), lr=0.001)
+            for _ in range(2):
+                each.train()(x, 2).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                with torch.no_grad():
+                    outputs.append(each.eval()(x, 2).clone())
+        torch.testing.assert_close(outputs[:2], outputs[2:])
+        assert not torch.allclose(outputs[0], outputs[1])
+    finally:
+        dist.destroy_process_group()
 
 
 def test_norm_and_sampler_are_their_operations():
