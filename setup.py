@@ -2,6 +2,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# An extra, for Triton has no wheels outside Linux, is large, and is needed on a GPU only, where torch's CUDA wheels bring the one
+# they go with: 3.6.0 with torch 2.10, 3.7.1 with 2.13. The bound below takes any that they pin.
+TRITON = "triton>=3.6; platform_system == 'Linux'"
+
 setup(
     name="mtp-kernels",
     version="0.1.0",
@@ -17,6 +21,7 @@ setup(
     install_requires=["torch>=2.9", "numpy>=1.26", "safetensors>=0.5", "tqdm>=4.60", "transformers>=5.0,<6"],
     extras_require={
         "plot": ["matplotlib>=3.8"],
-        "test": ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6"],
+        "triton": [TRITON],
+        "test": ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6", TRITON],
     },
 )

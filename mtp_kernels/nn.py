@@ -102,7 +102,7 @@ class GatedLoRALinear(nn.Module):
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_prepared": None}  # a copy has other storage: what is kept must not be taken for its own
 
-    def _adapter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
+    def _adapter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """(A, B, splits) in `dtype`. In evaluation without gradients they are kept, on a CPU with B block-diagonal, the
         adapters as one (the reference would put them together at each call; a fused kernel has no use for it)."""
         a, b, splits = self.lora_A, self.lora_B, self.splits
@@ -115,24 +115,29 @@ class GatedLoRALinear(nn.Module):
             stacked = a.device.type == "cpu" and 1 < len(splits) <= ops.MAX_RANK // self.rank
             expand = torch.block_diag(*b.split(splits)) if stacked else b
             # the last two keep the parameters' storage, so that no other tensor can come to lie at the key's addresses
-            prepared = self._prepared = key, (a.to(dtype), expand.to(dtype), None if stacked else splits), a, b
+            prepared = self._prepared = key, (a.to(dtype), expand.to(dtype), (sum(splits),) if stacked else splits), a, b
         return prepared[1]
 
-    def forward(self, x: Tensor, gate: int | Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """x: (..., in_features); gate: None (off), an int or a boolean tensor, see `ops`; residual is added to the result."""
+    def forward(
+        self, x: Tensor, gate: int | Tensor | None = None, residual: Tensor | None = None, swiglu: bool = False
+    ) -> Tensor:
+        """x: (..., in_features); gate: None (off), an int or a tensor, see `ops`; residual is added to the result.
+
+        swiglu: return silu(first half) * second half instead, in the same launch where kernels are fused; no residual then.
+        """
         weight, bias, outside = self.weight, self.bias, None
         dtype = _autocast_dtype(x)
         if dtype is not None:
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
             if residual is not None and residual.dtype is not dtype:
                 residual, outside = None, residual  # as in `residual + linear(x)`, it keeps its precision
-        if self.lora_A is None or gate is None:
-            y = self.operations.gated_lora_linear(x, weight, bias=bias, residual=residual)
-        else:
+        adapter = {}
+        if self.lora_A is not None and gate is not None:
             lora_a, lora_b, splits = self._adapter(x.dtype)
-            y = self.operations.gated_lora_linear(
-                x, weight, lora_a, lora_b, gate, scale=self.scale, splits=splits, bias=bias, residual=residual
-            )
+            adapter = {"lora_a": lora_a, "lora_b": lora_b, "gate": gate, "scale": self.scale, "splits": splits}
+        if swiglu:
+            return self.operations.gated_lora_swiglu(x, weight, bias=bias, **adapter)
+        y = self.operations.gated_lora_linear(x, weight, bias=bias, residual=residual, **adapter)
         return y if outside is None else outside + y
 
     def extra_repr(self) -> str:
@@ -198,7 +203,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor, gate: int | Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """x: (..., size); gate and residual as in `GatedLoRALinear`. Returns x's shape."""
-        return self.down_proj(self.operations.swiglu(self.gate_up_proj(x, gate)), gate, residual)
+        return self.down_proj(self.gate_up_proj(x, gate, swiglu=True), gate, residual)
 
 
 class SamplerHead(nn.Module):

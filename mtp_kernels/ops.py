@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_RANK = 512
 IMPLEMENTATIONS = ("reference", "triton")
 OPERATIONS = (
-    "accept", "attention", "gated_lora_linear", "linear_cross_entropy", "rms_norm", "rotary_embedding", "rotary_frequencies",
+    "accept", "attention", "gated_lora_linear", "gated_lora_swiglu", "linear_cross_entropy", "rms_norm", "rotary_embedding", "rotary_frequencies",
     "rotary_tables", "sampler_draft", "sampler_hidden", "swiglu",
 )  # fmt: skip
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -113,6 +113,39 @@ def _check_integer(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {tensor.device}; accepted is the other arguments' device, {device}")
 
 
+def _check_gated_lora(x, weight, lora_a, lora_b, gate, splits, bias) -> None:
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x has shape {_shape(x)} and weight {_shape(weight)}; accepted are x (..., K) and weight (N, K)")
+    n, k = weight.shape
+    _check_floating("x weight lora_a lora_b bias", x, weight, lora_a, lora_b, bias)
+    if bias is not None:
+        _check_shape("bias", bias, (n,), "(N,)")
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError("one of lora_a and lora_b is None; accepted are both or neither")
+    if gate is not None and lora_a is None:
+        raise ValueError("a gate was passed without lora_a and lora_b; accepted is a gate together with an adapter")
+    if lora_a is not None:
+        groups = 1 if splits is None else len(splits)
+        if splits is not None and (sum(splits) != n or min(splits, default=0) < 1):
+            raise ValueError(f"splits is {splits}; accepted are positive sizes that add up to N = {n}")
+        rank = lora_b.shape[-1] if lora_b.ndim == 2 else 0
+        if not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"lora_b has shape {_shape(lora_b)}; accepted is (N, R) with R from 1 to {MAX_RANK}")
+        _check_shape("lora_b", lora_b, (n, rank), "(N, R)")
+        _check_shape("lora_a", lora_a, (groups * rank, k), "(G * R, K)")
+    if isinstance(gate, Tensor):
+        number = gate.numel() == 1 and gate.dtype in (torch.int32, torch.int64)
+        if gate.device != x.device or not number and (gate.dtype != torch.bool or gate.shape != x.shape[:-1]):
+            raise ValueError(
+                f"gate has shape {_shape(gate)}, dtype {gate.dtype} on {gate.device}; accepted are a boolean tensor of "
+                f"x's leading shape {_shape(x)[:-1]} or one integer, on {x.device}, an int, or None"
+            )
+    elif gate is not None:
+        rows = x.numel() // k if k else 0
+        if isinstance(gate, bool) or not isinstance(gate, int) or not 0 <= gate <= rows:
+            raise ValueError(f"gate is {gate!r}; accepted is an int from 0 to the number of rows ({rows}), a tensor, or None")
+
+
 def gated_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -128,52 +161,53 @@ def gated_lora_linear(
 ) -> Tensor:
     """y = x W^T (+ b) (+ residual) + gate * scale * (x A^T) B^T (arXiv 2507.11851, section 2.2).
 
-    A row whose gate is off *skips* the adapter: its bits are those of the layer without one.
+    A row whose gate is off *skips* the adapter: its bits are those of the layer without one. Row independence: a row's
+    bits do not depend on the other rows, nor on how many there are. The Triton kernels keep this for any number of rows
+    that they are given; the reference where `mtp_kernels.reference` says so.
 
     x: (..., K). weight: (N, K). bias: (N,). residual: (..., N). Returns (..., N).
     splits: sizes (N_1, ..., N_G) of G projections stacked in `weight`, each with an adapter of its own; default (N,).
     lora_a: (G * R, K), the projections' A one below the other. lora_b: (N, R), likewise. R from 1 to 512.
-    gate: None: off everywhere. int m: with the leading dimensions flattened, rows [0, m) are off and rows [m, M) on.
-        Boolean tensor of x's leading shape: on where True.
+    gate: None: off everywhere. int m: with the leading dimensions flattened, rows [0, m) are off and rows [m, M) on. One
+        integer on x's device: the same m, read by the kernel. Boolean tensor of x's leading shape: on where True.
 
     Differentiable in x, weight, lora_a, lora_b, bias, residual. Raises ValueError for shapes, dtypes, devices, ranks or
     gates other than these.
     """
     compute = _implementation(implementation, "gated_lora_linear", x.device)
-    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x has shape {_shape(x)} and weight {_shape(weight)}; accepted are x (..., K) and weight (N, K)")
-    n, k = weight.shape
-    _check_floating("x weight lora_a lora_b bias residual", x, weight, lora_a, lora_b, bias, residual)
-    if bias is not None:
-        _check_shape("bias", bias, (n,), "(N,)")
+    _check_gated_lora(x, weight, lora_a, lora_b, gate, splits, bias)
     if residual is not None:
-        _check_shape("residual", residual, (*x.shape[:-1], n), "x's leading shape with N")
-    if (lora_a is None) != (lora_b is None):
-        raise ValueError("one of lora_a and lora_b is None; accepted are both or neither")
-    if gate is not None and lora_a is None:
-        raise ValueError("a gate was passed without lora_a and lora_b; accepted is a gate together with an adapter")
-    if lora_a is not None:
-        groups = 1 if splits is None else len(splits)
-        if splits is not None and (sum(splits) != n or min(splits, default=0) < 1):
-            raise ValueError(f"splits is {splits}; accepted are positive sizes that add up to N = {n}")
-        rank = lora_b.shape[-1] if lora_b.ndim == 2 else 0
-        if not 1 <= rank <= MAX_RANK:
-            raise ValueError(f"lora_b has shape {_shape(lora_b)}; accepted is (N, R) with R from 1 to {MAX_RANK}")
-        _check_shape("lora_b", lora_b, (n, rank), "(N, R)")
-        _check_shape("lora_a", lora_a, (groups * rank, k), "(G * R, K)")
-    if isinstance(gate, Tensor):
-        if gate.dtype != torch.bool or gate.shape != x.shape[:-1] or gate.device != x.device:
-            raise ValueError(
-                f"gate has shape {_shape(gate)}, dtype {gate.dtype} on {gate.device}; accepted is a boolean tensor of "
-                f"x's leading shape {_shape(x)[:-1]} on {x.device}, an int, or None"
-            )
-    elif gate is not None:
-        rows = x.numel() // k if k else 0
-        if isinstance(gate, bool) or not isinstance(gate, int) or not 0 <= gate <= rows:
-            raise ValueError(f"gate is {gate!r}; accepted is an int from 0 to the number of rows ({rows}), a boolean tensor, or None")
+        _check_floating("x residual", x, residual)
+        _check_shape("residual", residual, (*x.shape[:-1], weight.shape[0]), "x's leading shape with N")
     return compute(
         x, weight, lora_a, lora_b, gate, scale=scale, splits=splits, bias=bias, residual=residual
     )  # fmt: skip
+
+
+def gated_lora_swiglu(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    gate: int | Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    splits: tuple[int, ...] | None = None,
+    bias: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """silu(g) * u for [g, u] = gated_lora_linear(x, weight, ...), two projections of F features stacked in `weight`.
+
+    x: (..., K). weight: (2 F, K). bias: (2 F,). lora_a, lora_b, gate, scale, splits: see `gated_lora_linear`; splits is by
+    default (F, F), an adapter for each projection. Returns (..., F). Differentiable in x, weight, lora_a, lora_b, bias.
+    Raises ValueError for other shapes, dtypes, devices, ranks or gates.
+    """
+    compute = _implementation(implementation, "gated_lora_swiglu", x.device)
+    if weight.ndim != 2 or weight.shape[0] % 2:
+        raise ValueError(f"weight has shape {_shape(weight)}; accepted is (2 F, K)")
+    splits = (weight.shape[0] // 2,) * 2 if splits is None else splits
+    _check_gated_lora(x, weight, lora_a, lora_b, gate, splits, bias)
+    return compute(x, weight, lora_a, lora_b, gate, scale=scale, splits=splits, bias=bias)
 
 
 def _check_rule(rule: AttentionRule, t: int, b: int, device: torch.device) -> None:

@@ -52,6 +52,8 @@ def gated_lora_linear(
     n = weight.shape[0]
     rows = x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1])
     y = _matmul(rows, weight, bias, None if residual is None else residual.reshape(-1, n))
+    if isinstance(gate, Tensor) and gate.dtype is not torch.bool:
+        gate = int(gate)
     if gate is not None and rows.shape[0]:
         if splits is not None and len(splits) > 1:  # one product instead of one per projection
             lora_b = torch.block_diag(*lora_b.split(splits))
@@ -66,6 +68,21 @@ def gated_lora_linear(
             else:
                 y[gate:].addmm_(shrunk, lora_b.t(), alpha=scale)
     return y.view(*x.shape[:-1], n)
+
+
+def gated_lora_swiglu(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    gate: int | Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    splits: tuple[int, ...] | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    splits = (weight.shape[0] // 2,) * 2 if splits is None else splits
+    return swiglu(gated_lora_linear(x, weight, lora_a, lora_b, gate, scale=scale, splits=splits, bias=bias))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None):

@@ -44,5 +44,5 @@ class DecoderLayer(nn.Module):
         keys, values = cache.update(self.index, k, v, rows.start)
         attended = self.operations.attention(q, keys, values, rows.rule).flatten(2)  # (T, B, H * D)
         x = self.o_proj(attended, gate, residual=x)
-        hidden = self.operations.swiglu(self.gate_up_proj(self.post_norm(x), gate))
+        hidden = self.gate_up_proj(self.post_norm(x), gate, swiglu=True)
         return self.down_proj(hidden, gate, residual=x)

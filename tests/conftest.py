@@ -1,5 +1,6 @@
 """Toy models: random Llamas of a few thousand parameters, saved by transformers and opened by the package."""
 
+import importlib.util
 import os
 from types import SimpleNamespace
 
@@ -8,6 +9,10 @@ import torch
 
 if not torch.cuda.is_available():  # before Triton is first imported, which transformers does
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        import interpreter_bfloat16
+
+        interpreter_bfloat16.apply()
 
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
@@ -43,6 +48,12 @@ def randomise_adapter(model, seed=1):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if "norm" in name and "weight" in name else 0.3 * noise)
     return model
+
+
+@pytest.fixture
+def device():
+    """Where the Triton kernels are tested: on the GPU, or without one in the interpreter, which takes tensors on the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture

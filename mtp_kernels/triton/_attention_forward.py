@@ -1,0 +1,267 @@
+"""Attention's forward kernels, and the rule in tiles that they share with the backward kernels.
+
+Query rows are packed: row r of a sequence and key head is pass row r // GROUPS with query head r % GROUPS of that key
+head's. Keys are summed in *pieces*, piece p the columns [p PIECE, (p + 1) PIECE) of the NTP keys, one more for the pass's
+mask keys. Each starts from nothing and gives, in base 2 and float32, for x = scale log2(e) q K^T where allowed, else -inf,
+
+    m = max x,   l = sum exp2(x - m),   acc = sum exp2(x - m) V
+
+and pieces are merged one after the other:  M' = max(M, m),  a = exp2(M - M'),  b = exp2(m - M'),
+L' = a L + b l,  A' = a A + b acc;  at last o = A / L.
+
+What fixes a row's bits. Pieces and key tiles lie at absolute columns; the row tile, the warps and with them the order of
+every sum follow from (D, dtype), whatever the number of rows. A key that a row may not attend changes nothing: its
+probability is 0, a tile or a piece of such keys leaves m as it is and scales by exp2(0) = 1. Products that a compiler might or
+might not fuse with the sum behind them are spelled as `fma`, so that the same arithmetic results in every loop below.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def visible_keys(
+    t, b, T, num_keys, visible_ptr, mask_start_ptr, stride_visible_t, stride_visible_b, HAS_MASKS: tl.constexpr,
+):  # fmt: skip
+    """How many NTP keys each row sees; 0 past the end. Never more than there are, whatever padding rows say."""
+    limit = num_keys
+    if HAS_MASKS:
+        limit = tl.minimum(limit, tl.load(mask_start_ptr + b).to(tl.int32))
+    visible = tl.load(visible_ptr + t.to(tl.int64) * stride_visible_t + b * stride_visible_b, mask=t < T, other=0)
+    return tl.minimum(visible.to(tl.int32), limit)
+
+
+@triton.jit
+def mask_key_range(first, last, T, num_masks, block_size, WHOLE_BLOCKS: tl.constexpr):
+    """[begin, end) of the mask keys that pass rows first..last may attend: all of them, or their blocks'."""
+    start = T - num_masks
+    begin = 0
+    end = num_masks
+    if WHOLE_BLOCKS:
+        begin = tl.maximum(first - start, 0) // block_size * block_size
+        end = (tl.maximum(last - start, 0) // block_size + 1) * block_size
+    return begin, tl.where(last >= start, tl.minimum(end, num_masks), begin)
+
+
+@triton.jit
+def load_keys(base_ptr, column, end, stride, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.constexpr):
+    """(BLOCK_S, BLOCK_D) of K or V from `column`; CHECKED: columns from `end` on are not read, and zero."""
+    s = tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)
+    pointers = base_ptr + tl.cast(column, tl.int64) * stride + (s[:, None] * stride + d[None, :])
+    if CHECKED:
+        return tl.load(pointers, mask=(column + s < end)[:, None] & (d < D)[None, :], other=0.0)
+    if BLOCK_D > D:
+        return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def load_rows(base_ptr, offsets, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(BLOCK_M, BLOCK_D) of Q, O or dO, zero past the last row."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(base_ptr + offsets[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def allowed_keys(
+    column, end, visible, block, slot, key_block_ptr, key_slot_ptr, of_masks, HAS_MASKS: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_S): which keys of the tile at `column` each row may attend.
+
+    One test for both kinds of keys, so that one loop serves them: the other kind's part is made to hold for every row.
+    """
+    s = column + tl.arange(0, BLOCK_S)
+    allowed = s[None, :] < visible[:, None]
+    if HAS_MASKS:
+        asked = (s < end) & of_masks
+        key_block = tl.load(key_block_ptr + s, mask=asked, other=0).to(tl.int32)
+        key_slot = tl.load(key_slot_ptr + s, mask=asked, other=0).to(tl.int32)
+        allowed = allowed & (key_block[None, :] == block[:, None]) & (key_slot[None, :] <= slot[:, None])
+    return allowed
+
+
+@triton.jit
+def _attend(
+    m, l, acc, acc_tail, q, q_tail, visible, block, slot, begin, end,
+    k_ptr, v_ptr, key_block_ptr, key_slot_ptr, of_masks, stride_ks, stride_vs, scale,
+    CHECKED: tl.constexpr, HAS_MASKS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+):  # fmt: skip
+    """Go on with (m, l, acc) over the key tiles of [begin, end). Not CHECKED: every row may attend every key of them."""
+    TAIL: tl.constexpr = D - BLOCK_D
+    for column in range(begin, end, BLOCK_S):
+        k = load_keys(k_ptr, column, end, stride_ks, D, BLOCK_S, BLOCK_D, CHECKED)
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if BLOCK_TAIL > 0:
+            k = load_keys(k_ptr + BLOCK_D, column, end, stride_ks, TAIL, BLOCK_S, BLOCK_TAIL, CHECKED)
+            qk = tl.dot(q_tail, tl.trans(k), qk, input_precision=PRECISION)
+        x = qk * scale
+        if CHECKED:
+            allowed = allowed_keys(column, end, visible, block, slot, key_block_ptr, key_slot_ptr, of_masks, HAS_MASKS, BLOCK_S)
+            x = tl.where(allowed, x, float("-inf"))
+        m_next = tl.maximum(m, tl.max(x, 1))
+        reference = tl.where(m_next == float("-inf"), 0.0, m_next)  # -inf - -inf is NaN
+        p = tl.exp2(tl.fma(qk, scale, -reference[:, None]))
+        if CHECKED:
+            p = tl.where(allowed, p, 0.0)
+        shrink = tl.exp2(m - reference)
+        l = tl.fma(l, shrink, tl.sum(p, 1))
+        p = p.to(q.dtype)
+        v = load_keys(v_ptr, column, end, stride_vs, D, BLOCK_S, BLOCK_D, CHECKED)
+        acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
+        if BLOCK_TAIL > 0:
+            v = load_keys(v_ptr + BLOCK_D, column, end, stride_vs, TAIL, BLOCK_S, BLOCK_TAIL, CHECKED)
+            acc_tail = tl.dot(p, v, acc_tail * shrink[:, None], input_precision=PRECISION)
+        m = m_next
+    return m, l, acc, acc_tail
+
+
+@triton.jit(do_not_specialize=["T", "B", "num_masks", "block_size", "num_keys", "first_piece", "stride_visible_t", "stride_visible_b"])
+def attend_kernel(
+    q_ptr, k_ptr, v_ptr, acc_ptr, max_ptr, sum_ptr,
+    visible_ptr, block_ptr, slot_ptr, mask_start_ptr,
+    stride_qt, stride_qb, stride_qh, stride_kb, stride_kh, stride_ks: tl.constexpr, stride_vb, stride_vh, stride_vs: tl.constexpr,
+    stride_visible_t, stride_visible_b,
+    T, B, num_masks, block_size, num_keys, first_piece, scale,
+    HAS_MASKS: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+):  # fmt: skip
+    """One tile of packed rows over one piece of keys, its (m, l, acc) to max, sum (pieces, T, B, H), acc (pieces, T, B, H, D).
+
+    Pieces are numbered from first_piece on; the one behind the NTP keys' is the masks'. A piece of which no row of the tile
+    sees a key is left unwritten. scale includes log2(e).
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last rows see most: they go first
+    b = tl.program_id(1) // KV_HEADS
+    kv_head = tl.program_id(1) % KV_HEADS
+    piece = first_piece + tl.program_id(2)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    t = row // GROUPS
+    inside = t < T
+    visible = visible_keys(t, b, T, num_keys, visible_ptr, mask_start_ptr, stride_visible_t, stride_visible_b, HAS_MASKS)
+    least = tl.min(tl.where(inside, visible, num_keys), 0)
+
+    # Keys [begin, whole) every row may attend; [checked, end) need the rule, read from column `start`.
+    begin = piece * PIECE
+    end = tl.minimum(begin + PIECE, tl.max(visible, 0))
+    whole = tl.maximum(begin + (tl.minimum(least, end) - begin) // BLOCK_S * BLOCK_S, begin)
+    checked = whole
+    start = tl.cast(0, tl.int64)
+    block = t
+    slot = t
+    of_masks = False
+    if HAS_MASKS:
+        of_masks = piece == tl.cdiv(num_keys, PIECE)
+        if of_masks:
+            last = tl.minimum(((tile + 1) * BLOCK_M - 1) // GROUPS, T - 1)
+            checked, end = mask_key_range(tile * BLOCK_M // GROUPS, last, T, num_masks, block_size, WHOLE_BLOCKS)
+            begin = checked
+            whole = checked
+            start = tl.load(mask_start_ptr + b).to(tl.int64)
+        visible = tl.where(of_masks, end, visible)
+        block = tl.load(block_ptr + t, mask=inside & of_masks, other=0).to(tl.int32)
+        slot = tl.load(slot_ptr + t, mask=inside & of_masks, other=0).to(tl.int32)
+    if begin >= end:
+        return
+
+    b64 = b.to(tl.int64)
+    head64 = kv_head.to(tl.int64)
+    head = kv_head * GROUPS + row % GROUPS
+    k_ptr += b64 * stride_kb + head64 * stride_kh
+    v_ptr += b64 * stride_vb + head64 * stride_vh
+    TAIL: tl.constexpr = D - BLOCK_D
+    q_ptr += b64 * stride_qb
+    q_offsets = t.to(tl.int64) * stride_qt + head * stride_qh
+    q = load_rows(q_ptr, q_offsets, inside, D, BLOCK_D)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    q_tail = q
+    acc_tail = l
+    if BLOCK_TAIL > 0:
+        q_tail = load_rows(q_ptr + BLOCK_D, q_offsets, inside, TAIL, BLOCK_TAIL)
+        acc_tail = tl.zeros([BLOCK_M, BLOCK_TAIL], tl.float32)
+    m, l, acc, acc_tail = _attend(
+        m, l, acc, acc_tail, q, q_tail, visible, block, slot, begin, whole,
+        k_ptr, v_ptr, block_ptr, slot_ptr, of_masks, stride_ks, stride_vs, scale,
+        False, HAS_MASKS, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
+    )  # fmt: skip
+    m, l, acc, acc_tail = _attend(
+        m, l, acc, acc_tail, q, q_tail, visible, block, slot, checked, end, k_ptr + start * stride_ks, v_ptr + start * stride_vs,
+        block_ptr + (T - num_masks), slot_ptr + (T - num_masks), of_masks, stride_ks, stride_vs, scale,
+        True, HAS_MASKS, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
+    )  # fmt: skip
+
+    index = ((tl.program_id(2).to(tl.int64) * T + t) * B + b) * (KV_HEADS * GROUPS) + head
+    tl.store(max_ptr + index, m, mask=inside)
+    tl.store(sum_ptr + index, l, mask=inside)
+    d = tl.arange(0, BLOCK_D)
+    tl.store(acc_ptr + index[:, None] * D + d[None, :], acc, mask=inside[:, None] & (d < D)[None, :])
+    if BLOCK_TAIL > 0:
+        d = tl.arange(0, BLOCK_TAIL)
+        tl.store(acc_ptr + BLOCK_D + index[:, None] * D + d[None, :], acc_tail, mask=inside[:, None] & (d < TAIL)[None, :])
+
+
+@triton.jit
+def _merge(m, l, acc, m_piece, l_piece, acc_piece):
+    """The running sums and one more piece's."""
+    m_next = tl.maximum(m, m_piece)
+    reference = tl.where(m_next == float("-inf"), 0.0, m_next)
+    a = tl.exp2(m - reference)
+    b = tl.exp2(m_piece - reference)
+    l = tl.fma(l, a, l_piece * b)
+    acc = tl.fma(acc, a[:, None], acc_piece * b[:, None])
+    return m_next, l, acc
+
+
+@triton.jit(do_not_specialize=["T", "B", "num_masks", "num_keys", "first_piece", "last_piece", "stride_visible_t", "stride_visible_b"])
+def merge_kernel(
+    acc_ptr, max_ptr, sum_ptr, state_acc_ptr, state_max_ptr, state_sum_ptr, out_ptr, kept_ptr,
+    visible_ptr, mask_start_ptr, stride_visible_t, stride_visible_b,
+    T, B, num_masks, num_keys, first_piece, last_piece,
+    FIRST: tl.constexpr, LAST: tl.constexpr, KEEP: tl.constexpr, HAS_MASKS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    PIECE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Pieces first_piece..last_piece - 1 of BLOCK_R rows of (T, B, H), merged in order, as far as a row has them.
+
+    Not FIRST: behind the sums in `state`, from the launch before. LAST: the result to out, and for KEEP M and 1 / L to kept (2, T, B, H); else the sums to `state`.
+    """
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    t = row // (B * H)
+    inside = t < T
+    row64 = row.to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    offsets = row64[:, None] * D + d[None, :]
+    held = inside[:, None] & (d < D)[None, :]
+    visible = visible_keys(t, row // H % B, T, num_keys, visible_ptr, mask_start_ptr, stride_visible_t, stride_visible_b, HAS_MASKS)
+    pieces = tl.cdiv(visible, PIECE)
+    masks_piece = tl.cdiv(num_keys, PIECE)
+    if FIRST:
+        m = tl.full([BLOCK_R], float("-inf"), tl.float32)
+        l = tl.zeros([BLOCK_R], tl.float32)
+        acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    else:
+        m = tl.load(state_max_ptr + row64, mask=inside, other=float("-inf"))
+        l = tl.load(state_sum_ptr + row64, mask=inside, other=0.0)
+        acc = tl.load(state_acc_ptr + offsets, mask=held, other=0.0)
+    for piece in range(first_piece, last_piece):
+        written = inside & (piece < pieces)
+        if HAS_MASKS:
+            written = written | (inside & (piece == masks_piece) & (t >= T - num_masks))
+        slot64 = tl.cast(piece - first_piece, tl.int64) * T * B * H
+        m_piece = tl.load(max_ptr + slot64 + row64, mask=written, other=float("-inf"))
+        l_piece = tl.load(sum_ptr + slot64 + row64, mask=written, other=0.0)
+        acc_piece = tl.load(acc_ptr + slot64 * D + offsets, mask=held & written[:, None], other=0.0)
+        m, l, acc = _merge(m, l, acc, m_piece, l_piece, acc_piece)
+    if LAST:
+        l = tl.where(l == 0, 1.0, l)  # only rows without a key, which are padding
+        tl.store(out_ptr + offsets, (acc / l[:, None]).to(out_ptr.dtype.element_ty), mask=held)
+        if KEEP:
+            tl.store(kept_ptr + row64, tl.where(m == float("-inf"), 0.0, m), mask=inside)
+            tl.store(kept_ptr + tl.cast(T, tl.int64) * B * H + row64, 1.0 / l, mask=inside)
+    else:
+        tl.store(state_max_ptr + row64, m, mask=inside)
+        tl.store(state_sum_ptr + row64, l, mask=inside)
+        tl.store(state_acc_ptr + offsets, acc, mask=held)
