@@ -164,7 +164,10 @@ CASES: list[Case] = [
         for dtype in (BF16, FP32)
     ),
     *(
-        Case("attention", f"{d} wide, 512 mask rows {str(dtype)[6:]}, gradients", attention_case(512, 512, 32, 8, d, dtype, batch=2, grad=True), quick=d == 128 and dtype is BF16)
+        Case(
+            "attention", f"{d} wide, 512 mask rows {str(dtype)[6:]}, gradients", attention_case(512, 512, 32, 8, d, dtype, batch=2, grad=True),
+            quick=d == 128 and dtype is BF16,
+        )
         for d in (64, 80, 128) for dtype in (BF16, FP32)
     ),
     Case("attention", "96 wide, 17 rows float16", attention_case(17, 8, 32, 32, 96, FP16)),

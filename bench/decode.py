@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from bench.report import PeakMemory, environment, quartiles, table, write_json
 from mtp_model import Decoding, MTPModel, generate, load_adapter, load_model
-from mtp_model.__main__ import DTYPES, default_device, default_dtype, load_tokenizer
+from mtp_model.__main__ import DTYPES, IMPLEMENTATIONS, default_device, default_dtype, load_tokenizer
 from mtp_model.demo import ADAPTER, ADAPTER_NO_LCM, BASE, HELD_OUT
 from mtp_model.layout import MODES
 
@@ -254,6 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", type=Path, default=ADAPTER, metavar="DIR", help="default: the demo adapter")
     parser.add_argument("--device", default=default_device(), help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU that has it, else float32")
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: triton on a GPU, reference on a CPU")
     parser.add_argument("--modes", nargs="+", choices=MODES[1:], help="default: linear and quadratic")
     parser.add_argument("--k", type=int, nargs="+", help="masks per block (default: several by mode)")
     parser.add_argument("--batch", type=int, default=1, help="prompts decoded together (default 1)")
@@ -276,7 +277,7 @@ def main(argv=None) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; accepted is 1 or more")
     dtype_name = args.dtype or default_dtype(args.device)
     device, dtype = torch.device(args.device), DTYPES[dtype_name]
-    model = load_adapter(args.adapter).apply(load_model(args.model, device=device, dtype=dtype), dtype)
+    model = load_adapter(args.adapter).apply(load_model(args.model, device=device, dtype=dtype, implementation=args.implementation), dtype)
     tokenizer = load_tokenizer(args.model)
     count = args.num_prompts or (64 if args.check or args.ablation else 16)
     prompts = read_prompts(args.prompts, tokenizer, count)

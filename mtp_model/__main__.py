@@ -14,6 +14,7 @@ from mtp_model.demo import ADAPTER, BASE
 from mtp_model.layout import MODES
 from mtp_model.train import TrainConfig, Trainer, field_defaults
 
+IMPLEMENTATIONS = ("triton", "reference")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -36,6 +37,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=BASE, metavar="DIR", help="Hugging Face directory, Llama family (default: the demo model)")
     parser.add_argument("--device", default=default_device(), help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU that has it, else float32")
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: triton on a GPU, reference on a CPU")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -104,7 +106,7 @@ def run_train(args) -> int:
     device, dtype = args.device, DTYPES[args.dtype or default_dtype(args.device)]
     config = TrainConfig(**{name: getattr(args, name) for name in field_defaults()})
     mtp = MTPConfig(args.masks, args.rank, args.alpha, not args.no_sampler)
-    model = load_model(args.model, device=device, dtype=dtype)
+    model = load_model(args.model, device=device, dtype=dtype, implementation=args.implementation)
     tokenizer = load_tokenizer(args.model)
     eos = model.config.eos_token_ids[0] if model.config.eos_token_ids else None
     examples = read_examples(args.data, tokenizer, max_length=args.max_length, vocab_size=model.config.vocab_size, eos=eos)
@@ -120,7 +122,8 @@ def run_train(args) -> int:
 
 
 def run_generate(args) -> int:
-    model = load_model(args.model, device=args.device, dtype=DTYPES[args.dtype or default_dtype(args.device)])
+    dtype = DTYPES[args.dtype or default_dtype(args.device)]
+    model = load_model(args.model, device=args.device, dtype=dtype, implementation=args.implementation)
     if args.mode != "autoregressive":
         load_adapter(args.adapter).apply(model)
     tokenizer = load_tokenizer(args.model)

@@ -82,10 +82,12 @@ class _Tensors:
         return tensor
 
 
-def load_model(directory: str | Path, *, device=None, dtype: torch.dtype | None = None) -> MTPModel:
+def load_model(
+    directory: str | Path, *, device=None, dtype: torch.dtype | None = None, implementation: str | None = None
+) -> MTPModel:
     """Open a Hugging Face directory of the Llama family.
 
-    dtype: default the checkpoint's own. Raises ValueError naming what is missing, of another shape, or not of the family.
+    dtype: default the checkpoint's own. implementation: "triton", "reference" or None, see `MTPModel.use`. Raises ValueError naming what is missing, of another shape, or not of the family.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -127,7 +129,8 @@ def load_model(directory: str | Path, *, device=None, dtype: torch.dtype | None 
     for tensor in (embed[: min(256, config.vocab_size)], final_norm):
         digest.update(tensor.float().contiguous().numpy().tobytes())
     model.fingerprint = digest.hexdigest()[:16]
-    if device.type == "cpu":
+    model.use(implementation)
+    if device.type == "cpu" and implementation != "triton":
         model.store_input_major_()
     return model.eval()
 

@@ -2,7 +2,6 @@
 
 from torch import Tensor, nn
 
-from mtp_kernels import unchecked
 from mtp_kernels.nn import GatedLoRALinear, RMSNorm
 from mtp_model.cache import KVCache
 from mtp_model.config import ModelConfig
@@ -15,7 +14,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, index: int, device=None, dtype=None):
         super().__init__()
         self.index = index
-        self.operations = unchecked()  # every shape below follows from the config
+        self.operations = None  # MTPModel.use() sets them, here and in the modules below
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads, config.num_key_value_heads, config.head_dim,
         )  # fmt: skip
@@ -27,8 +26,6 @@ class DecoderLayer(nn.Module):
         self.post_norm = RMSNorm(d, config.rms_norm_eps, **factory)
         self.gate_up_proj = GatedLoRALinear(d, (f, f), config.mlp_bias, **factory)
         self.down_proj = GatedLoRALinear(f, d, config.mlp_bias, **factory)
-        for module in self.children():
-            module.operations = self.operations
 
     def adapted(self) -> dict[str, GatedLoRALinear]:
         return {name: module for name, module in self.named_children() if isinstance(module, GatedLoRALinear)}

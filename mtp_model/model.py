@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_kernels import gated_lora_linear, rotary_frequencies, rotary_tables
+from mtp_kernels import rotary_frequencies, swiglu, unchecked
 from mtp_kernels.nn import RMSNorm, SamplerHead
 from mtp_model.cache import KVCache
 from mtp_model.config import ModelConfig, MTPConfig
@@ -16,10 +16,10 @@ class MTPModel(nn.Module):
     """A Llama-family language model that can also run mask rows.
 
     `forward` takes the `Rows` of any pass and a cache and returns hidden states after the final norm, (T, B, d).
-    Base parameters are frozen; the adapter's require gradients (the masks by option).
+    Base parameters are frozen; the adapter's require gradients (the masks by option). implementation: see `use`.
     """
 
-    def __init__(self, config: ModelConfig, device=None, dtype: torch.dtype | None = None):
+    def __init__(self, config: ModelConfig, device=None, dtype: torch.dtype | None = None, implementation: str | None = None):
         super().__init__()
         self.config = config
         self.mtp: MTPConfig | None = None
@@ -37,6 +37,20 @@ class MTPModel(nn.Module):
         self.sampler: SamplerHead | None = None
         self.register_buffer("frequencies", self._frequencies(config).to(device), persistent=False)
         self.requires_grad_(False)
+        self.use(implementation)
+
+    def use(self, implementation: str | None) -> "MTPModel":
+        """Compute with the "triton" kernels or the "reference"; None: Triton on a GPU that has it, else the reference.
+
+        Raises ValueError if the implementation asked for cannot run where the model is (see `mtp_kernels.ops`).
+        """
+        if implementation is not None and self.device.type != "meta":
+            swiglu(torch.zeros(1, 2, device=self.device), implementation=implementation)  # says why, if it cannot
+        self.implementation, self.operations = implementation, unchecked(implementation)  # every shape follows from the config
+        for module in self.modules():
+            if hasattr(module, "operations"):
+                module.operations = self.operations
+        return self
 
     @staticmethod
     def _frequencies(config: ModelConfig) -> Tensor:
@@ -102,14 +116,14 @@ class MTPModel(nn.Module):
         if rows.num_masks and self.mtp is None:
             raise ValueError("the pass has mask rows and the model no adapter; add_adapter() or load_adapter() gives it one")
         x = self.embed_rows(rows)
-        cos, sin = rotary_tables(rows.positions, self.frequencies, x.dtype)
+        cos, sin = self.operations.rotary_tables(rows.positions, self.frequencies, x.dtype)
         for layer in self.layers:
             x = layer(x, rows, (cos, sin), cache)
         return self.norm(x)
 
     def logits(self, z: Tensor) -> Tensor:
         """(..., V) logits of hidden states (..., d)."""
-        return gated_lora_linear(z, self.lm_head)
+        return self.operations.gated_lora_linear(z, self.lm_head)
 
     def draft(self, z: Tensor, first: Tensor, use_sampler: bool = True) -> Tensor:
         """(B, k) draft tokens from the states z (B, k, d) of a block's masks and the token before them, first (B,)."""

@@ -1,0 +1,82 @@
+"""The model on the Triton kernels: the same text as on the specification, in every mode, and the same gradients."""
+
+import numpy as np
+import pytest
+import torch
+
+from mtp_model import MTPConfig, generate, load_adapter, load_model
+from mtp_model.checkpoint import save_adapter
+from mtp_model.data import Example, collate
+from mtp_model.layout import MODES
+from mtp_model.loss import mtp_loss
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PROMPTS = [[1, 2, 3, 4, 5], [3, 1, 2]]
+
+
+@pytest.fixture
+def both(make_hf_dir, toy_adapter_model, tmp_path):
+    """The same model and adapter on either implementation."""
+    save_adapter(toy_adapter_model(k=2, rank=4, num_hidden_layers=1), tmp_path / "adapter", {})
+
+    def load(implementation, dtype=torch.float32):
+        model = load_model(tmp_path / "base", device=DEVICE, dtype=dtype, implementation=implementation)
+        return load_adapter(tmp_path / "adapter").apply(model, dtype)
+
+    return load
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_the_same_text(both, mode):
+    fused, plain = both("triton"), both("reference")
+    expected = generate(plain, PROMPTS, mode="autoregressive", max_new_tokens=5, eos=()).tokens
+    result = generate(fused, PROMPTS, mode=mode, max_new_tokens=5, eos=())
+    reference = generate(plain, PROMPTS, mode=mode, max_new_tokens=5, eos=())
+    assert result.tokens == expected and result.stats.passes == reference.stats.passes
+
+
+def test_autoregressive_text(both):
+    expected = generate(both("reference"), PROMPTS, mode="autoregressive", max_new_tokens=5, eos=()).tokens
+    assert generate(both("triton"), PROMPTS, mode="autoregressive", max_new_tokens=5, eos=()).tokens == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_text_is_autoregressive_text(both, dtype):
+    """What the specification cannot promise: a row's bits do not depend on its neighbours in 16 bits either."""
+    model = both("triton", dtype)
+    expected = generate(model, PROMPTS[:1], mode="autoregressive", max_new_tokens=5, eos=()).tokens
+    assert generate(model, PROMPTS[:1], mode="quadratic", max_new_tokens=5, eos=()).tokens == expected
+
+
+def test_the_same_gradients(both):
+    batch = collate([Example(np.array([1, 2, 3, 4, 5, 0, 1]), np.array([False] * 3 + [True] * 4))] * 2, torch.device(DEVICE))
+    losses, gradients = [], []
+    for implementation in ("triton", "reference"):
+        model = both(implementation)
+        model.train()
+        loss = mtp_loss(model, batch)
+        loss.total.backward()
+        losses.append(float(loss.total.detach()))
+        gradients.append({n: p.grad for n, p in model.adapter_parameters().items() if p.grad is not None})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 8
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-4, rtol=1e-3), name
+
+
+def test_an_implementation_that_cannot_run_is_refused(make_hf_dir, monkeypatch):
+    directory = make_hf_dir()
+    with pytest.raises(ValueError, match="accepted are 'reference', 'triton' or None"):
+        load_model(directory, implementation="cuda")
+    if DEVICE == "cpu":
+        monkeypatch.setattr("mtp_kernels.triton.INTERPRETED", False)
+        with pytest.raises(ValueError, match="accepted are a GPU, or TRITON_INTERPRET=1"):
+            load_model(directory, implementation="triton")
+
+
+def test_a_fresh_adapter_changes_nothing(make_hf_dir):
+    model = load_model(make_hf_dir(num_hidden_layers=1), device=DEVICE, implementation="triton")
+    expected = generate(model, PROMPTS, mode="autoregressive", max_new_tokens=4, eos=()).tokens
+    model.add_adapter(MTPConfig(2, 4))
+    assert generate(model, PROMPTS, mode="quadratic", max_new_tokens=4, eos=()).tokens == expected
