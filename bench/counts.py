@@ -113,9 +113,9 @@ def plans(m: int, on: int, n: int, k: int, rank: int, splits: Sequence[int], ite
     """The ways to launch the forward pass on m rows of which the last `on` are on; the one that the package takes is marked.
 
     One launch: every program makes s = x A^T anew for its rows. Project, finish: float32 sums of [W; A] x^T, K cut into segments, then
-    their sum and the expansion. Shrink, product: s first, then the product with the expansion behind it.
+    their sum and the expansion. Shrink, product: s first, by project and finish for A alone, then the product with the expansion.
     """
-    from mtp_kernels.triton._tiles import FEW_ROWS, cdiv, finish_tiles, gated_lora_tiles  # needs Triton
+    from mtp_kernels.triton._tiles import FEW_ROWS, cdiv, finish_tiles, gated_lora_tiles, shrink_tiles  # needs Triton
 
     def tiles_of(features: int, two: bool = False):
         """Tiles, row tiles, those of them with a gate-on row, and the rows in these."""
@@ -135,13 +135,17 @@ def plans(m: int, on: int, n: int, k: int, rank: int, splits: Sequence[int], ite
 
     apart = Plan("product", (tiles_m * tiles_n,), steps, product, 0, needed)
     if on:
-        a, _, a_tiles, a_rows = tiles_of(gr)
-        a_columns, shrunk = cdiv(gr, a.block_n), a_rows * gr * itemsize
-        shrink = a_tiles * gr * x_row + a_columns * a_rows * x_row + shrunk  # reads A and the rows, writes s
+        a, (finish_m, finish_n, _) = shrink_tiles(m, gr, k, itemsize, H100_SHARED_MEMORY), finish_tiles(m, itemsize)
+        off = (m - on) // a.block_m
+        a_tiles, a_rows, a_columns = cdiv(m, a.block_m) - off, m - off * a.block_m, cdiv(gr, a.block_n)
+        partial, shrunk = a.segments * a_rows * gr * 4, a_rows * gr * itemsize
+        shrink = a_tiles * gr * x_row + a_columns * a_rows * x_row + 2 * partial + shrunk  # reads A and the rows, writes s
         s_reads = on * rank * itemsize * touched(splits, t.block_n, swiglu)
         apart = Plan(
-            "shrink, product", (a_columns * a_tiles, tiles_m * tiles_n), 2 * steps, shrink + product + s_reads, shrunk, needed + 2 * a_rows * gr * k
-        )
+            "shrink, product",
+            (a_columns * a.segments * cdiv(m, a.block_m), cdiv(gr, finish_n) * cdiv(m, finish_m), tiles_m * tiles_n),
+            cdiv(a.segment_k, a.block_k) + steps, shrink + product + s_reads, partial + shrunk, needed + 2 * a_rows * gr * k,
+        )  # fmt: skip
 
     p, p_tiles, p_on_tiles, p_on_rows = tiles_of(n)
     w_columns, a_columns = cdiv(n, p.block_n), cdiv(gr, p.block_n)

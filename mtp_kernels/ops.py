@@ -11,7 +11,6 @@ Floating dtypes: float32, float16, bfloat16; all floating arguments of a call sh
 """
 
 import importlib.util
-from functools import lru_cache
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -23,6 +22,7 @@ from mtp_kernels.types import AttentionRule, SamplerWeights
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_RANK = 512
 IMPLEMENTATIONS = ("reference", "triton")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 OPERATIONS = (
     "accept", "attention", "gated_lora_linear", "gated_lora_swiglu", "linear_cross_entropy", "rms_norm", "rotary_embedding", "rotary_frequencies",
     "rotary_tables", "sampler_draft", "sampler_hidden", "swiglu",
@@ -30,10 +30,9 @@ OPERATIONS = (
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
-@lru_cache(maxsize=1)
 def _triton() -> ModuleType | None:
     """The fused kernels, imported at the first use; None where Triton is not installed."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return None
     from mtp_kernels import triton
 

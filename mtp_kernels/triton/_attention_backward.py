@@ -1,9 +1,9 @@
-"""Attention's backward kernels. Nothing of size rows x keys is kept: probabilities come again from each row's M and 1 / L
+"""Attention's backward kernels. Nothing of size rows x keys is kept: probabilities come again from each row's M and 1 / Z
 (kept apart: their sum in a logarithm would be rounded to the size of M).
 
 With c the softmax scale, x = c log2(e) q K^T and everything summed over the allowed keys only,
 
-    p = exp2(x - M) / L        the forward's probabilities
+    p = exp2(x - M) / Z        the forward's probabilities
     dv = p^T do                summed over a key head's query heads
     dp = do v^T
     delta = sum over D of o do = sum over keys of p dp
@@ -23,7 +23,7 @@ from mtp_kernels.triton._attention_forward import allowed_keys, load_keys, load_
 
 @triton.jit
 def _accumulate_dq(
-    dq, q, do, m, inverse_l, delta, visible, block, slot, begin, end,
+    dq, q, do, m, inverse_z, delta, visible, block, slot, begin, end,
     k_ptr, v_ptr, key_block_ptr, key_slot_ptr, of_masks, stride_ks, stride_vs, scale,
     CHECKED: tl.constexpr, HAS_MASKS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -32,7 +32,7 @@ def _accumulate_dq(
         k = load_keys(k_ptr, column, end, stride_ks, D, BLOCK_S, BLOCK_D, CHECKED)
         v = load_keys(v_ptr, column, end, stride_vs, D, BLOCK_S, BLOCK_D, CHECKED)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = tl.exp2(tl.fma(qk, scale, -m[:, None])) * inverse_l[:, None]
+        p = tl.exp2(tl.fma(qk, scale, -m[:, None])) * inverse_z[:, None]
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         if CHECKED:
@@ -75,12 +75,12 @@ def query_gradient_kernel(
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta_ptr + index, delta, mask=inside)
     m = tl.load(kept_ptr + index, mask=inside, other=0.0)
-    inverse_l = tl.load(kept_ptr + tl.cast(T, tl.int64) * B * (KV_HEADS * GROUPS) + index, mask=inside, other=0.0)
+    inverse_z = tl.load(kept_ptr + tl.cast(T, tl.int64) * B * (KV_HEADS * GROUPS) + index, mask=inside, other=0.0)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     whole = least // BLOCK_S * BLOCK_S
     dq = _accumulate_dq(
-        dq, q, do, m, inverse_l, delta, visible, t, t, 0, whole, k_ptr, v_ptr, block_ptr, slot_ptr, False, stride_ks, stride_vs, scale,
+        dq, q, do, m, inverse_z, delta, visible, t, t, 0, whole, k_ptr, v_ptr, block_ptr, slot_ptr, False, stride_ks, stride_vs, scale,
         False, False, PRECISION, D, BLOCK_S, BLOCK_D,
     )  # fmt: skip
     checked = whole
@@ -102,7 +102,7 @@ def query_gradient_kernel(
             slot = tl.load(slot_ptr + t, mask=inside & of_masks, other=0).to(tl.int32)
             visible = tl.where(of_masks, end, visible)
         dq = _accumulate_dq(
-            dq, q, do, m, inverse_l, delta, visible, block, slot, checked, end, k_ptr + start * stride_ks, v_ptr + start * stride_vs,
+            dq, q, do, m, inverse_z, delta, visible, block, slot, checked, end, k_ptr + start * stride_ks, v_ptr + start * stride_vs,
             block_ptr + (T - num_masks), slot_ptr + (T - num_masks), of_masks, stride_ks, stride_vs, scale,
             True, HAS_MASKS, PRECISION, D, BLOCK_S, BLOCK_D,
         )  # fmt: skip
@@ -177,7 +177,7 @@ def key_gradients_kernel(
         q = load_rows(q_ptr, t.to(tl.int64) * stride_qt + b64 * stride_qb + head * stride_qh, inside, D, BLOCK_D)
         do = load_rows(do_ptr, index * D, inside, D, BLOCK_D)
         m = tl.load(kept_ptr + index, mask=inside, other=0.0)
-        inverse_l = tl.load(kept_ptr + tl.cast(T, tl.int64) * B * (KV_HEADS * GROUPS) + index, mask=inside, other=0.0)
+        inverse_z = tl.load(kept_ptr + tl.cast(T, tl.int64) * B * (KV_HEADS * GROUPS) + index, mask=inside, other=0.0)
         delta = tl.load(delta_ptr + index, mask=inside, other=0.0)
         if MASKS:
             block = tl.load(block_ptr + t, mask=inside, other=-3).to(tl.int32)
@@ -187,7 +187,7 @@ def key_gradients_kernel(
             visible = tl.load(visible_ptr + t.to(tl.int64) * stride_visible_t + b * stride_visible_b, mask=inside, other=0).to(tl.int32)
             allowed = (key[:, None] < tl.minimum(visible, end)[None, :])
         kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_S, BLOCK_M)
-        p = tl.where(allowed, tl.exp2(tl.fma(kq, scale, -m[None, :])) * inverse_l[None, :], 0.0)
+        p = tl.where(allowed, tl.exp2(tl.fma(kq, scale, -m[None, :])) * inverse_z[None, :], 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = tl.where(allowed, p * (dp - delta[None, :]), 0.0)

@@ -4,10 +4,10 @@ Query rows are packed: row r of a sequence and key head is pass row r // GROUPS 
 head's. Keys are summed in *pieces*, piece p the columns [p PIECE, (p + 1) PIECE) of the NTP keys, one more for the pass's
 mask keys. Each starts from nothing and gives, in base 2 and float32, for x = scale log2(e) q K^T where allowed, else -inf,
 
-    m = max x,   l = sum exp2(x - m),   acc = sum exp2(x - m) V
+    m = max x,   z = sum exp2(x - m),   acc = sum exp2(x - m) V
 
 and pieces are merged one after the other:  M' = max(M, m),  a = exp2(M - M'),  b = exp2(m - M'),
-L' = a L + b l,  A' = a A + b acc;  at last o = A / L.
+Z' = a Z + b z,  A' = a A + b acc;  at last o = A / Z.
 
 What fixes a row's bits. Pieces and key tiles lie at absolute columns; the row tile, the warps and with them the order of
 every sum follow from (D, dtype), whatever the number of rows. A key that a row may not attend changes nothing: its
@@ -83,12 +83,12 @@ def allowed_keys(
 
 @triton.jit
 def _attend(
-    m, l, acc, acc_tail, q, q_tail, visible, block, slot, begin, end,
+    m, z, acc, acc_tail, q, q_tail, visible, block, slot, begin, end,
     k_ptr, v_ptr, key_block_ptr, key_slot_ptr, of_masks, stride_ks, stride_vs, scale,
     CHECKED: tl.constexpr, HAS_MASKS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Go on with (m, l, acc) over the key tiles of [begin, end). Not CHECKED: every row may attend every key of them."""
+    """Go on with (m, z, acc) over the key tiles of [begin, end). Not CHECKED: every row may attend every key of them."""
     TAIL: tl.constexpr = D - BLOCK_D
     for column in range(begin, end, BLOCK_S):
         k = load_keys(k_ptr, column, end, stride_ks, D, BLOCK_S, BLOCK_D, CHECKED)
@@ -106,7 +106,7 @@ def _attend(
         if CHECKED:
             p = tl.where(allowed, p, 0.0)
         shrink = tl.exp2(m - reference)
-        l = tl.fma(l, shrink, tl.sum(p, 1))
+        z = tl.fma(z, shrink, tl.sum(p, 1))
         p = p.to(q.dtype)
         v = load_keys(v_ptr, column, end, stride_vs, D, BLOCK_S, BLOCK_D, CHECKED)
         acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
@@ -114,7 +114,7 @@ def _attend(
             v = load_keys(v_ptr + BLOCK_D, column, end, stride_vs, TAIL, BLOCK_S, BLOCK_TAIL, CHECKED)
             acc_tail = tl.dot(p, v, acc_tail * shrink[:, None], input_precision=PRECISION)
         m = m_next
-    return m, l, acc, acc_tail
+    return m, z, acc, acc_tail
 
 
 @triton.jit(do_not_specialize=["T", "B", "num_masks", "block_size", "num_keys", "first_piece", "stride_visible_t", "stride_visible_b"])
@@ -128,7 +128,7 @@ def attend_kernel(
     PRECISION: tl.constexpr, PIECE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of packed rows over one piece of keys, its (m, l, acc) to max, sum (pieces, T, B, H), acc (pieces, T, B, H, D).
+    """One tile of packed rows over one piece of keys, its (m, z, acc) to max, sum (pieces, T, B, H), acc (pieces, T, B, H, D).
 
     Pieces are numbered from first_piece on; the one behind the NTP keys' is the masks'. A piece of which no row of the tile
     sees a key is left unwritten. scale includes log2(e).
@@ -176,27 +176,27 @@ def attend_kernel(
     q_offsets = t.to(tl.int64) * stride_qt + head * stride_qh
     q = load_rows(q_ptr, q_offsets, inside, D, BLOCK_D)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    z = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     q_tail = q
-    acc_tail = l
+    acc_tail = z
     if BLOCK_TAIL > 0:
         q_tail = load_rows(q_ptr + BLOCK_D, q_offsets, inside, TAIL, BLOCK_TAIL)
         acc_tail = tl.zeros([BLOCK_M, BLOCK_TAIL], tl.float32)
-    m, l, acc, acc_tail = _attend(
-        m, l, acc, acc_tail, q, q_tail, visible, block, slot, begin, whole,
+    m, z, acc, acc_tail = _attend(
+        m, z, acc, acc_tail, q, q_tail, visible, block, slot, begin, whole,
         k_ptr, v_ptr, block_ptr, slot_ptr, of_masks, stride_ks, stride_vs, scale,
         False, HAS_MASKS, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
     )  # fmt: skip
-    m, l, acc, acc_tail = _attend(
-        m, l, acc, acc_tail, q, q_tail, visible, block, slot, checked, end, k_ptr + start * stride_ks, v_ptr + start * stride_vs,
+    m, z, acc, acc_tail = _attend(
+        m, z, acc, acc_tail, q, q_tail, visible, block, slot, checked, end, k_ptr + start * stride_ks, v_ptr + start * stride_vs,
         block_ptr + (T - num_masks), slot_ptr + (T - num_masks), of_masks, stride_ks, stride_vs, scale,
         True, HAS_MASKS, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
     )  # fmt: skip
 
     index = ((tl.program_id(2).to(tl.int64) * T + t) * B + b) * (KV_HEADS * GROUPS) + head
     tl.store(max_ptr + index, m, mask=inside)
-    tl.store(sum_ptr + index, l, mask=inside)
+    tl.store(sum_ptr + index, z, mask=inside)
     d = tl.arange(0, BLOCK_D)
     tl.store(acc_ptr + index[:, None] * D + d[None, :], acc, mask=inside[:, None] & (d < D)[None, :])
     if BLOCK_TAIL > 0:
@@ -205,15 +205,15 @@ def attend_kernel(
 
 
 @triton.jit
-def _merge(m, l, acc, m_piece, l_piece, acc_piece):
+def _merge(m, z, acc, m_piece, z_piece, acc_piece):
     """The running sums and one more piece's."""
     m_next = tl.maximum(m, m_piece)
     reference = tl.where(m_next == float("-inf"), 0.0, m_next)
     a = tl.exp2(m - reference)
     b = tl.exp2(m_piece - reference)
-    l = tl.fma(l, a, l_piece * b)
+    z = tl.fma(z, a, z_piece * b)
     acc = tl.fma(acc, a[:, None], acc_piece * b[:, None])
-    return m_next, l, acc
+    return m_next, z, acc
 
 
 @triton.jit(do_not_specialize=["T", "B", "num_masks", "num_keys", "first_piece", "last_piece", "stride_visible_t", "stride_visible_b"])
@@ -226,7 +226,8 @@ def merge_kernel(
 ):  # fmt: skip
     """Pieces first_piece..last_piece - 1 of BLOCK_R rows of (T, B, H), merged in order, as far as a row has them.
 
-    Not FIRST: behind the sums in `state`, from the launch before. LAST: the result to out, and for KEEP M and 1 / L to kept (2, T, B, H); else the sums to `state`.
+    Not FIRST: behind the sums in `state`, from the launch before. LAST: the result to out, and for KEEP M and 1 / Z to kept (2, T, B, H);
+    else the sums to `state`.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     t = row // (B * H)
@@ -240,11 +241,11 @@ def merge_kernel(
     masks_piece = tl.cdiv(num_keys, PIECE)
     if FIRST:
         m = tl.full([BLOCK_R], float("-inf"), tl.float32)
-        l = tl.zeros([BLOCK_R], tl.float32)
+        z = tl.zeros([BLOCK_R], tl.float32)
         acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     else:
         m = tl.load(state_max_ptr + row64, mask=inside, other=float("-inf"))
-        l = tl.load(state_sum_ptr + row64, mask=inside, other=0.0)
+        z = tl.load(state_sum_ptr + row64, mask=inside, other=0.0)
         acc = tl.load(state_acc_ptr + offsets, mask=held, other=0.0)
     for piece in range(first_piece, last_piece):
         written = inside & (piece < pieces)
@@ -252,16 +253,16 @@ def merge_kernel(
             written = written | (inside & (piece == masks_piece) & (t >= T - num_masks))
         slot64 = tl.cast(piece - first_piece, tl.int64) * T * B * H
         m_piece = tl.load(max_ptr + slot64 + row64, mask=written, other=float("-inf"))
-        l_piece = tl.load(sum_ptr + slot64 + row64, mask=written, other=0.0)
+        z_piece = tl.load(sum_ptr + slot64 + row64, mask=written, other=0.0)
         acc_piece = tl.load(acc_ptr + slot64 * D + offsets, mask=held & written[:, None], other=0.0)
-        m, l, acc = _merge(m, l, acc, m_piece, l_piece, acc_piece)
+        m, z, acc = _merge(m, z, acc, m_piece, z_piece, acc_piece)
     if LAST:
-        l = tl.where(l == 0, 1.0, l)  # only rows without a key, which are padding
-        tl.store(out_ptr + offsets, (acc / l[:, None]).to(out_ptr.dtype.element_ty), mask=held)
+        z = tl.where(z == 0, 1.0, z)  # only rows without a key, which are padding
+        tl.store(out_ptr + offsets, (acc / z[:, None]).to(out_ptr.dtype.element_ty), mask=held)
         if KEEP:
             tl.store(kept_ptr + row64, tl.where(m == float("-inf"), 0.0, m), mask=inside)
-            tl.store(kept_ptr + tl.cast(T, tl.int64) * B * H + row64, 1.0 / l, mask=inside)
+            tl.store(kept_ptr + tl.cast(T, tl.int64) * B * H + row64, 1.0 / z, mask=inside)
     else:
         tl.store(state_max_ptr + row64, m, mask=inside)
-        tl.store(state_sum_ptr + row64, l, mask=inside)
+        tl.store(state_sum_ptr + row64, z, mask=inside)
         tl.store(state_acc_ptr + offsets, acc, mask=held)

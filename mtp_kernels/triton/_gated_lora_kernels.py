@@ -104,17 +104,17 @@ def _store(
     tl.store(y_ptr + rows[None, :].to(tl.int64) * stride_ym + features[:, None], y, mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_on", "factor"])
+@triton.jit(do_not_specialize=["first_on"])
 def product_kernel(
-    x_ptr, w_ptr, s_ptr, b_ptr, bias_ptr, residual_ptr, y_ptr, gate_ptr, starts_ptr, first_on, factor,
+    x_ptr, w_ptr, s_ptr, b_ptr, bias_ptr, residual_ptr, y_ptr, gate_ptr, starts_ptr, first_on,
     M, N, K, R, segment_k,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_bn, stride_br, stride_sm, stride_ym, stride_rm,
-    GATE: tl.constexpr, ONLY_ON: tl.constexpr, GROUPS: tl.constexpr, EXPAND: tl.constexpr, SWIGLU: tl.constexpr,
+    GATE: tl.constexpr, GROUPS: tl.constexpr, EXPAND: tl.constexpr, SWIGLU: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y. N counts the features of y. ONLY_ON: row tiles without a gate-on row are left unwritten."""
+    """One tile of y. N counts the features of y; s is scaled already."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     # Programs that run at the same time share row tiles and weight tiles: bands of 8 row tiles.
@@ -128,9 +128,6 @@ def product_kernel(
     if GATE != 0:
         on = _gate(rows, M, gate_ptr, first_on, GATE)
         any_on = tl.max(on.to(tl.int32), 0) > 0
-        if ONLY_ON:
-            if not any_on:
-                return
     # Rows and features past the end read the last one again and are not stored.
     source = features if EVEN_N else tl.minimum(features, N - 1)
     ks = tl.arange(0, BLOCK_K)
@@ -164,7 +161,7 @@ def product_kernel(
                     GROUPS, 1, PRECISION, BLOCK_N, BLOCK_R,
                 )  # fmt: skip
     _store(
-        total, total2, y_ptr, bias_ptr, residual_ptr, rows, features, M, N, stride_ym, stride_rm, factor,
+        total, total2, y_ptr, bias_ptr, residual_ptr, rows, features, M, N, stride_ym, stride_rm, 1.0,
         SWIGLU, HAS_BIAS, HAS_RESIDUAL,
     )  # fmt: skip
 
@@ -174,14 +171,24 @@ def project_kernel(
     x_ptr, w_ptr, a_ptr, sums_ptr, gate_ptr, first_on,
     M, N, K, GR, segment_k,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_an, stride_ak, stride_segment,
-    GATE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, ONLY_ON: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One segment of one tile of [W; A] x^T, float32, for all rows; sums: (SEGMENTS, M, N + GR)."""
+    """One segment of one tile of [W; A] x^T, float32; sums: (SEGMENTS, M, N + GR).
+
+    Row tiles without a gate-on row are left unwritten in A's part, and with ONLY_ON in W's too.
+    """
     tile = tl.program_id(0)
     segment = tl.program_id(1)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    rows = tl.arange(0, BLOCK_M)
+    rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    any_on = False
+    if GATE != 0:
+        on = _gate(rows, M, gate_ptr, first_on, GATE)
+        any_on = tl.max(on.to(tl.int32), 0) > 0
+        if ONLY_ON:
+            if not any_on:
+                return
     ks = tl.arange(0, BLOCK_K)
     k_begin = segment * segment_k
     k_end = tl.minimum(k_begin + segment_k, K)
@@ -196,29 +203,36 @@ def project_kernel(
             False, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         tl.store(sums_ptrs + features[:, None], acc, mask=(features < N)[:, None] & (rows < M)[None, :])
-    elif GATE != 0:
-        on = _gate(rows, M, gate_ptr, first_on, GATE)
-        if tl.max(on.to(tl.int32), 0) > 0:
-            ranks = (tile - tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-            a_ptrs = a_ptr + tl.minimum(ranks, GR - 1)[:, None].to(tl.int64) * stride_an + ks[None, :] * stride_ak
-            acc, _ = _segment(
-                x_ptrs, a_ptrs, a_ptrs, ks, k_begin, k_end, stride_xk, stride_ak,
-                False, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-            tl.store(sums_ptrs + (N + ranks)[:, None], acc, mask=(ranks < GR)[:, None] & (rows < M)[None, :])
+    elif any_on:
+        ranks = (tile - tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+        a_ptrs = a_ptr + tl.minimum(ranks, GR - 1)[:, None].to(tl.int64) * stride_an + ks[None, :] * stride_ak
+        acc, _ = _segment(
+            x_ptrs, a_ptrs, a_ptrs, ks, k_begin, k_end, stride_xk, stride_ak,
+            False, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        tl.store(sums_ptrs + (N + ranks)[:, None], acc, mask=(ranks < GR)[:, None] & (rows < M)[None, :])
 
 
 @triton.jit(do_not_specialize=["first_on", "scale"])
 def finish_kernel(
     sums_ptr, b_ptr, bias_ptr, residual_ptr, y_ptr, gate_ptr, starts_ptr, first_on, scale,
     M, N, R, stride_sm, stride_segment, stride_bn, stride_br, stride_ym, stride_rm,
-    GATE: tl.constexpr, GROUPS: tl.constexpr, SWIGLU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    GATE: tl.constexpr, EXPAND: tl.constexpr, GROUPS: tl.constexpr, SWIGLU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y from `project`'s sums. N counts the features of y; stride_sm those of a row of sums."""
+    """One tile of y from `project`'s sums. N counts the features of y; stride_sm those of a row of sums.
+
+    With EXPAND, `scale` is the adapter's; without, of y itself, and row tiles without a gate-on row are left unwritten.
+    """
     first_n = tl.program_id(0) * BLOCK_N
     features = first_n + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if GATE != 0:
+        on = _gate(rows, M, gate_ptr, first_on, GATE)
+        any_on = tl.max(on.to(tl.int32), 0) > 0
+        if not EXPAND:
+            if not any_on:
+                return
     inside = (features < N)[:, None] & (rows < M)[None, :]
     ALL = N * (1 + SWIGLU)
     sums_ptrs = sums_ptr + rows[None, :].to(tl.int64) * stride_sm + features[:, None]
@@ -236,9 +250,8 @@ def finish_kernel(
         else:
             total += acc
             total2 += acc2
-    if GATE != 0:
-        on = _gate(rows, M, gate_ptr, first_on, GATE)
-        if tl.max(on.to(tl.int32), 0) > 0:
+    if EXPAND:
+        if any_on:
             total = _expand(
                 total, sums_ptr + ALL, b_ptr, starts_ptr, on, rows, first_n, ALL, R, scale, stride_sm, stride_segment,
                 stride_bn, stride_br, GROUPS, SEGMENTS, PRECISION, BLOCK_N, BLOCK_R,
@@ -248,8 +261,9 @@ def finish_kernel(
                     total2, sums_ptr + ALL, b_ptr, starts_ptr, on, rows, N + first_n, ALL, R, scale, stride_sm, stride_segment,
                     stride_bn, stride_br, GROUPS, SEGMENTS, PRECISION, BLOCK_N, BLOCK_R,
                 )  # fmt: skip
+    factor = 1.0 if EXPAND else scale
     _store(
-        total, total2, y_ptr, bias_ptr, residual_ptr, rows, features, M, N, stride_ym, stride_rm, 1.0,
+        total, total2, y_ptr, bias_ptr, residual_ptr, rows, features, M, N, stride_ym, stride_rm, factor,
         SWIGLU, HAS_BIAS, HAS_RESIDUAL,
     )  # fmt: skip
 

@@ -33,9 +33,9 @@ class GatedLoraTiles:
     num_stages: int
 
 
-def segments_of(n: int, k: int, block_k: int) -> tuple[int, int]:
+def segments_of(n: int, k: int, block_k: int, row_tiles: int = 1) -> tuple[int, int]:
     """(segments, segment_k): K is cut until about 256 programs share the weight, in pieces of no less than 512."""
-    tiles, segments = cdiv(n, 64), 1
+    tiles, segments = cdiv(n, 64) * row_tiles, 1
     while tiles * segments < 256 and k >= 512 * 2 * segments:
         segments *= 2
     segment_k = cdiv(cdiv(k, segments), block_k) * block_k
@@ -52,7 +52,9 @@ def gated_lora_tiles(m: int, n: int, k: int, itemsize: int, shared_memory: int, 
     if itemsize == 4:  # no matrix instruction: registers are the limit
         block_m, block_n, num_warps = min(64, max(16, next_power_of_2(m))), 64, 8
     elif m <= FEW_ROWS:
-        block_m, block_n, num_warps = max(16, next_power_of_2(m)), 64, 4
+        wide = n >= 192 * 128  # enough tiles for every processor at 128 features each, which read x half as often
+        block_m, block_n = max(16, next_power_of_2(m)), 128 if wide and not two else 64
+        num_warps = 8 if block_m * block_n * (1 + two) > 8192 else 4
     elif k % 8 or n % 8:  # rows of memory that start off a 16-byte boundary are read element by element, which takes registers
         block_m, block_n, num_warps = 64, 64, 8
     else:
@@ -61,6 +63,15 @@ def gated_lora_tiles(m: int, n: int, k: int, itemsize: int, shared_memory: int, 
     share = shared_memory // 2 if m <= FEW_ROWS else shared_memory  # two programs side by side hide each other's waiting
     num_stages = min(3 if itemsize == 4 else 6 if block_m <= 32 else 4, max(2, share // stage - 1))
     return GatedLoraTiles(block_m, block_n, block_k, segments, segment_k, num_warps, num_stages)
+
+
+def shrink_tiles(m: int, r: int, k: int, itemsize: int, shared_memory: int) -> GatedLoraTiles:
+    """Tiles of s = x A^T for x (m, k), A (r, k): there are few, so rows' tiles are small and K is cut."""
+    block_m = min(64 if itemsize == 2 else 32, max(16, next_power_of_2(m)))
+    block_k = 64 if itemsize == 2 else 32
+    segments, segment_k = segments_of(r, k, block_k, cdiv(max(m, 1), block_m))
+    stage = (block_m + 64) * block_k * itemsize
+    return GatedLoraTiles(block_m, 64, block_k, segments, segment_k, 4, min(4 if itemsize == 2 else 3, max(2, shared_memory // 2 // stage - 1)))
 
 
 def expand_rank(rank: int, itemsize: int) -> int:
@@ -116,8 +127,8 @@ def attention_tiles(head_dim: int, itemsize: int, shared_memory: int) -> Attenti
     block_d, block_tail = attention_head_parts(head_dim)
     if itemsize == 4:  # no matrix instruction: registers are the limit
         return AttentionTiles(16, 16, block_d, block_tail, 512, 4, 2)
-    small = head_dim > 128 or shared_memory < 96 * 1024
-    return AttentionTiles(64, 32 if small else 64, block_d, block_tail, 512, 4, 2)
+    large = head_dim in (64, 128) and shared_memory >= 96 * 1024
+    return AttentionTiles(64, 64 if large else 32, block_d, block_tail, 512, 8 if head_dim > 128 else 4, 2)
 
 
 def attention_pieces_at_once(pieces: int, numbers: int) -> int:

@@ -51,7 +51,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, block: Tensor, slot: Tensor, mask_start: Tensor,
     num_masks: int, num_keys: int, block_size: int, scale: float, save_sums: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(o, sums): each row's M and 1 / L, (2, T, B, H) float32, or empty if not to be saved."""
+    """(o, sums): each row's M and 1 / Z, (2, T, B, H) float32, or empty if not to be saved."""
     q, k, v = (_inner_contiguous(x) for x in (q, k, v))
     t, b, h, d = q.shape
     kv_heads = k.shape[1]

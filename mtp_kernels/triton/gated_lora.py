@@ -6,11 +6,12 @@ fill it. A launch needs the shrunk rows s = scale * x A^T before it can expand t
     rows          launch 1                                       launch 2
     1 to 128      project: float32 sums of [W; A] x^T, W's tiles   finish: add the segments' sums, + B s on gate-on rows,
                   and A's side by side, K cut into segments       + bias, + residual, (SwiGLU), round
-    more          shrink: s, row tiles without a gate-on row skip  product: W x^T and, in the same program, + B s on
-                                                                  gate-on rows, + bias, + residual, (SwiGLU), round
+    more          shrink: s, by project and finish for A alone;    product: W x^T and, in the same program, + B s on
+                  row tiles without a gate-on row are skipped     gate-on rows, + bias, + residual, (SwiGLU), round
 
-Without a gate one launch of `product` suffices where K is not cut. `mtp_kernels.triton._tiles.plan_bytes` counts what each
-plan moves. In both a row's base sum is, for each segment of K in order, a chain over K from zero, and the segments are added in
+Without a gate one launch of `product` suffices where K is not cut. `python -m bench.kernels` counts what each plan moves.
+
+In both plans a row's base sum is, for each segment of K in order, a chain over K from zero, and the segments are added in
 order; tiles and segments along K follow from the weight's shape alone. So a row has the same bits whatever stands
 beside it, and a gate-off row those of the layer without an adapter: where the gate is off the expanded sum is not selected.
 
@@ -33,7 +34,7 @@ from mtp_kernels.triton import _device
 from mtp_kernels.triton import _gated_lora_kernels as kernels
 from mtp_kernels.triton._operator import needs_gradient, operator
 from mtp_kernels.triton._operator import rows as as_rows
-from mtp_kernels.triton._tiles import FEW_ROWS, cdiv, expand_rank, finish_tiles, gated_lora_tiles, outer_tiles
+from mtp_kernels.triton._tiles import FEW_ROWS, cdiv, expand_rank, finish_tiles, gated_lora_tiles, outer_tiles, shrink_tiles
 from mtp_kernels.triton.swiglu import swiglu
 
 NO_GATE, FIRST_ROW, FIRST_ROW_IN_MEMORY, ROW_BY_ROW = 0, 1, 2, 3
@@ -61,25 +62,25 @@ def _precision(dtype: torch.dtype) -> str | None:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def _product(x, weight, n, gate, *, s=None, lora_b=None, splits=(), bias=None, residual=None, swiglu=False, only_on=False, factor=1.0, y=None):
+def _product(x, weight, n, gate, *, s=None, lora_b=None, splits=(), bias=None, residual=None, swiglu=False):
     """y (M, n) of one `product` launch; x (M, K), weight (n or 2n, K), s (M, G R)."""
     m, k = x.shape
     kind, first_on, gate_memory = gate
     tiles = gated_lora_tiles(m, weight.shape[0], k, x.element_size(), _device.shared_memory(), two=swiglu)
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device) if y is None else y
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     expand = s is not None and kind != NO_GATE
     rank = lora_b.shape[1] if expand else 1
     _device.launch(
         kernels.product_kernel, (cdiv(m, tiles.block_m) * cdiv(n, tiles.block_n),),
         x_ptr=x, w_ptr=weight, s_ptr=s if expand else None, b_ptr=lora_b if expand else None, bias_ptr=bias,
         residual_ptr=residual, y_ptr=y, gate_ptr=gate_memory,
-        starts_ptr=_starts(splits, x.device) if len(splits) > 1 else None, first_on=first_on, factor=factor,
+        starts_ptr=_starts(splits, x.device) if len(splits) > 1 else None, first_on=first_on,
         M=m, N=n, K=k, R=rank, segment_k=tiles.segment_k,
         stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wn=weight.stride(0), stride_wk=weight.stride(1),
         stride_bn=lora_b.stride(0) if expand else 0, stride_br=lora_b.stride(1) if expand else 0,
         stride_sm=s.stride(0) if expand else 0, stride_ym=y.stride(0),
         stride_rm=residual.stride(0) if residual is not None else 0,
-        GATE=kind, ONLY_ON=only_on, GROUPS=max(1, len(splits)), EXPAND=expand, SWIGLU=swiglu,
+        GATE=kind, GROUPS=max(1, len(splits)), EXPAND=expand, SWIGLU=swiglu,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, EVEN_N=n % tiles.block_n == 0,
         EVEN_K=k % tiles.block_k == 0, SEGMENTS=tiles.segments, PRECISION=_precision(x.dtype),
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_R=expand_rank(rank, x.element_size()),
@@ -88,44 +89,48 @@ def _product(x, weight, n, gate, *, s=None, lora_b=None, splits=(), bias=None, r
     return y
 
 
-def _project_and_finish(x, weight, lora_a, lora_b, gate, scale, splits, bias, residual, swiglu):
-    """The plan for few rows: K's segments side by side, then their sum and everything behind it."""
+def _project_and_finish(x, weight, lora_a, lora_b, gate, scale, splits, bias, residual, swiglu, tiles, y=None):
+    """K's segments side by side, then their sum and everything behind it. Without an adapter, a gate says which rows to
+    compute at all, and scale is the result's."""
     (m, k), n = x.shape, weight.shape[0]
     kind, first_on, gate_memory = gate
-    tiles = gated_lora_tiles(m, n, k, x.element_size(), _device.shared_memory())
-    gr = 0 if kind == NO_GATE else lora_a.shape[0]
+    expand = lora_a is not None and kind != NO_GATE
+    gr = lora_a.shape[0] if expand else 0
     sums = torch.empty(tiles.segments, m, n + gr, dtype=torch.float32, device=x.device)
     _device.launch(
-        kernels.project_kernel, (cdiv(n, tiles.block_n) + cdiv(gr, tiles.block_n), tiles.segments),
-        x_ptr=x, w_ptr=weight, a_ptr=lora_a if gr else None, sums_ptr=sums, gate_ptr=gate_memory, first_on=first_on,
+        kernels.project_kernel,
+        (cdiv(n, tiles.block_n) + cdiv(gr, tiles.block_n), tiles.segments, cdiv(m, tiles.block_m)),
+        x_ptr=x, w_ptr=weight, a_ptr=lora_a if expand else None, sums_ptr=sums, gate_ptr=gate_memory, first_on=first_on,
         M=m, N=n, K=k, GR=gr, segment_k=tiles.segment_k,
         stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wn=weight.stride(0), stride_wk=weight.stride(1),
-        stride_an=lora_a.stride(0) if gr else 0, stride_ak=lora_a.stride(1) if gr else 0, stride_segment=sums.stride(0),
-        GATE=kind, EVEN_N=n % tiles.block_n == 0, EVEN_K=k % tiles.block_k == 0, PRECISION=_precision(x.dtype),
+        stride_an=lora_a.stride(0) if expand else 0, stride_ak=lora_a.stride(1) if expand else 0, stride_segment=sums.stride(0),
+        GATE=kind, ONLY_ON=lora_a is None, EVEN_N=n % tiles.block_n == 0, EVEN_K=k % tiles.block_k == 0, PRECISION=_precision(x.dtype),
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     features = n // 2 if swiglu else n
-    rank = lora_b.shape[1] if gr else 1
-    y = torch.empty(m, features, dtype=x.dtype, device=x.device)
+    rank = lora_b.shape[1] if expand else 1
+    y = torch.empty(m, features, dtype=x.dtype, device=x.device) if y is None else y
     block_m, block_n, num_warps = finish_tiles(m, x.element_size())
     _device.launch(
         kernels.finish_kernel, (cdiv(features, block_n), cdiv(m, block_m)),
-        sums_ptr=sums, b_ptr=lora_b if gr else None, bias_ptr=bias, residual_ptr=residual, y_ptr=y, gate_ptr=gate_memory,
-        starts_ptr=_starts(splits, x.device) if gr and len(splits) > 1 else None, first_on=first_on, scale=scale,
+        sums_ptr=sums, b_ptr=lora_b if expand else None, bias_ptr=bias, residual_ptr=residual, y_ptr=y, gate_ptr=gate_memory,
+        starts_ptr=_starts(splits, x.device) if expand and len(splits) > 1 else None, first_on=first_on, scale=scale,
         M=m, N=features, R=rank, stride_sm=sums.stride(1), stride_segment=sums.stride(0),
-        stride_bn=lora_b.stride(0) if gr else 0, stride_br=lora_b.stride(1) if gr else 0,
+        stride_bn=lora_b.stride(0) if expand else 0, stride_br=lora_b.stride(1) if expand else 0,
         stride_ym=y.stride(0), stride_rm=residual.stride(0) if residual is not None else 0,
-        GATE=kind, GROUPS=max(1, len(splits)), SWIGLU=swiglu, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        GATE=kind, EXPAND=expand, GROUPS=max(1, len(splits)), SWIGLU=swiglu, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         SEGMENTS=tiles.segments, PRECISION=_precision(x.dtype), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=expand_rank(rank, x.element_size()),
         num_warps=num_warps, num_stages=2,
     )  # fmt: skip
     return y
 
 
-def _shrink(x: Tensor, lora_a: Tensor, gate, scale: float) -> Tensor:
-    """scale * x A^T, (M, G R); the rows of tiles without a gate-on row are not written."""
-    return _product(x, lora_a, lora_a.shape[0], gate, only_on=True, factor=scale)
+def _shrink(x: Tensor, lora_a: Tensor, gate, scale: float, y: Tensor | None = None) -> Tensor:
+    """scale * x A^T, (M, R) for A (R, K); the rows of tiles without a gate-on row are not written."""
+    m, k = x.shape
+    tiles = shrink_tiles(m, lora_a.shape[0], k, x.element_size(), _device.shared_memory())
+    return _project_and_finish(x, lora_a, None, None, gate, scale, (), None, None, False, tiles, y)
 
 
 def _outer(u: Tensor, v: Tensor, gate, out: Tensor) -> None:
@@ -153,7 +158,9 @@ def _gated_lora(
     kind, splits = _gate(gate if first_on < 0 else first_on, m), tuple(splits)
     tiles = gated_lora_tiles(m, n, x.shape[1], x.element_size(), _device.shared_memory())
     if 0 < m <= min(FEW_ROWS, tiles.block_m) and (kind[0] != NO_GATE or tiles.segments > 1):
-        return _project_and_finish(x, weight, lora_a, lora_b, kind, scale, splits, bias, residual, swiglu)
+        if kind[0] == NO_GATE:
+            lora_a, scale = None, 1.0
+        return _project_and_finish(x, weight, lora_a, lora_b, kind, scale, splits, bias, residual, swiglu, tiles)
     s = _shrink(x, lora_a, kind, scale) if kind[0] != NO_GATE else None
     return _product(
         x, weight, n // (1 + swiglu), kind, s=s, lora_b=lora_b, splits=splits, bias=bias, residual=residual, swiglu=swiglu
@@ -198,7 +205,7 @@ def _gated_lora_backward(
         ds = torch.empty(m, len(splits) * rank, dtype=x.dtype, device=x.device)
         parts = list(zip(dy.split(splits, 1), lora_b.split(splits), ds.split(rank, 1), s.split(rank, 1), strict=True))
         for g, b, into, _ in parts:
-            _product(g, b.t(), rank, kind, only_on=True, factor=scale, y=into)
+            _shrink(g, b.t(), kind, scale, into)
         if need_lora:
             _outer(ds, x, kind, da)
             for (g, _, _, shrunk), into in zip(parts, db.split(splits), strict=True):
