@@ -171,22 +171,21 @@ def project_kernel(
     x_ptr, w_ptr, a_ptr, sums_ptr, gate_ptr, first_on,
     M, N, K, GR, segment_k,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_an, stride_ak, stride_segment,
-    GATE: tl.constexpr, ONLY_ON: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, HAS_A: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One segment of one tile of [W; A] x^T, float32; sums: (SEGMENTS, M, N + GR).
 
-    Row tiles without a gate-on row are left unwritten in A's part, and with ONLY_ON in W's too.
+    Row tiles without a gate-on row are left unwritten in A's part, and without an A in W's.
     """
     tile = tl.program_id(0)
     segment = tl.program_id(1)
     tiles_n = tl.cdiv(N, BLOCK_N)
     rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    any_on = False
     if GATE != 0:
         on = _gate(rows, M, gate_ptr, first_on, GATE)
         any_on = tl.max(on.to(tl.int32), 0) > 0
-        if ONLY_ON:
+        if not HAS_A:
             if not any_on:
                 return
     ks = tl.arange(0, BLOCK_K)
@@ -203,14 +202,15 @@ def project_kernel(
             False, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         tl.store(sums_ptrs + features[:, None], acc, mask=(features < N)[:, None] & (rows < M)[None, :])
-    elif any_on:
-        ranks = (tile - tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-        a_ptrs = a_ptr + tl.minimum(ranks, GR - 1)[:, None].to(tl.int64) * stride_an + ks[None, :] * stride_ak
-        acc, _ = _segment(
-            x_ptrs, a_ptrs, a_ptrs, ks, k_begin, k_end, stride_xk, stride_ak,
-            False, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        tl.store(sums_ptrs + (N + ranks)[:, None], acc, mask=(ranks < GR)[:, None] & (rows < M)[None, :])
+    elif HAS_A:
+        if any_on:
+            ranks = (tile - tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+            a_ptrs = a_ptr + tl.minimum(ranks, GR - 1)[:, None].to(tl.int64) * stride_an + ks[None, :] * stride_ak
+            acc, _ = _segment(
+                x_ptrs, a_ptrs, a_ptrs, ks, k_begin, k_end, stride_xk, stride_ak,
+                False, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            tl.store(sums_ptrs + (N + ranks)[:, None], acc, mask=(ranks < GR)[:, None] & (rows < M)[None, :])
 
 
 @triton.jit(do_not_specialize=["first_on", "scale"])

@@ -104,7 +104,7 @@ def _project_and_finish(x, weight, lora_a, lora_b, gate, scale, splits, bias, re
         M=m, N=n, K=k, GR=gr, segment_k=tiles.segment_k,
         stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wn=weight.stride(0), stride_wk=weight.stride(1),
         stride_an=lora_a.stride(0) if expand else 0, stride_ak=lora_a.stride(1) if expand else 0, stride_segment=sums.stride(0),
-        GATE=kind, ONLY_ON=lora_a is None, EVEN_N=n % tiles.block_n == 0, EVEN_K=k % tiles.block_k == 0, PRECISION=_precision(x.dtype),
+        GATE=kind, HAS_A=expand, EVEN_N=n % tiles.block_n == 0, EVEN_K=k % tiles.block_k == 0, PRECISION=_precision(x.dtype),
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip

@@ -1,0 +1,105 @@
+"""Everything worth doing on a GPU, in one command and a bounded time; results are files.
+
+    python -m bench.gpu [--out DIR] [--minutes 9]
+
+One after the other, each in a process of its own with a time limit: the tests on real kernels, the kernel benchmarks, the
+demo model's texts compared in bfloat16 and float32, its decoding timed, and a short training run. `summary.json` has GPU,
+versions, commit and date, and what became of each step. The exit status is 1 if a step failed or ran out of time.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from bench.report import environment, write_json
+from mtp_model.demo.corpus import read_corpus
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command and the share of the whole time that it may take; its output goes to NAME.txt."""
+
+    name: str
+    command: tuple[str, ...]
+    share: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    name: str
+    status: str  # "passed", "failed" or "out of time"
+    seconds: float
+
+
+def steps(out: Path, texts: Path) -> list[Step]:
+    python, tests = sys.executable, sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_*triton*.py"))
+    train = ("--data", str(texts), "--out", str(out / "train"), "--steps", "60", "--rank", "32", "--batch-size", "16", "--warmup", "5",
+             "--max-length", "512", "--dtype", "bfloat16", "--lr", "1e-3", "--log-every", "1")  # fmt: skip
+    return [
+        Step("tests", (python, "-m", "pytest", "-q", "-x", "--durations=10", *tests, "tests/test_ops.py", "tests/test_decode.py"), 0.35),
+        Step("kernels", (python, "-m", "bench.kernels", "--quick", "--minutes", "2", "--out", str(out)), 0.3),
+        Step("check_bfloat16", (python, "-m", "bench.decode", "--check", "--num-prompts", "16", "--dtype", "bfloat16", "--out", str(out / "bfloat16")), 0.2),
+        Step("check_float32", (python, "-m", "bench.decode", "--check", "--num-prompts", "16", "--dtype", "float32", "--out", str(out / "float32")), 0.2),
+        Step("decode", (python, "-m", "bench.decode", "--num-prompts", "8", "--out", str(out)), 0.2),
+        Step("train", (python, "-m", "mtp_model", "train", *train), 0.15),
+    ]
+
+
+def write_texts(path: Path, count: int = 400) -> None:
+    """Some of the demo corpus as JSON lines."""
+    train, _ = read_corpus()
+    lines = [json.dumps({"text": text[:4000]}) for text in train.values() if len(text) > 1000]
+    path.write_text("\n".join(lines[:count]) + "\n", encoding="utf-8")
+
+
+def run(todo: Sequence[Step], out: Path, seconds: float) -> list[Outcome]:
+    """Run the steps; the last ones get what the first have left, and one that fails stops no other."""
+    end, outcomes = time.monotonic() + seconds, []
+    for step in todo:
+        began = time.monotonic()
+        limit = max(1.0, min(seconds * step.share, end - began))
+        with open(out / f"{step.name}.txt", "w", encoding="utf-8") as log:
+            try:
+                code = subprocess.run(step.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=limit).returncode
+                status = "passed" if code == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                status = "out of time"
+        outcomes.append(Outcome(step.name, status, round(time.monotonic() - began, 1)))
+        print(f"{step.name}: {status} after {outcomes[-1].seconds} s", flush=True)
+        if status != "passed":
+            print("".join((out / f"{step.name}.txt").read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-15:]))
+    return outcomes
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, help="directory for the results (default: bench/results/NAME OF THE GPU)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it (default 9)")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("error: there is no GPU here; without one, `python -m bench.kernels` and `python -m bench.compiled` say what can be said", file=sys.stderr)
+        return 2
+    where = environment(torch.device("cuda"))
+    out = (args.out or ROOT / "bench" / "results" / torch.cuda.get_device_name().lower().replace(" ", "-")).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    texts = out / "texts.jsonl"
+    write_texts(texts)
+    try:
+        outcomes = run(steps(out, texts), out, args.minutes * 60)
+    finally:
+        texts.unlink()
+    write_json(out / "summary.json", {"environment": where, "steps": [asdict(outcome) for outcome in outcomes]})
+    return 0 if all(outcome.status == "passed" for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
