@@ -87,7 +87,8 @@ def load_model(
 ) -> MTPModel:
     """Open a Hugging Face directory of the Llama family.
 
-    dtype: default the checkpoint's own. implementation: "triton", "reference" or None, see `MTPModel.use`. Raises ValueError naming what is missing, of another shape, or not of the family.
+    dtype: default the checkpoint's own. implementation: "triton", "reference" or None, see `MTPModel.use`.
+    Raises ValueError naming what is missing, of another shape, or not of the family.
     """
     directory = Path(directory)
     if not directory.is_dir():

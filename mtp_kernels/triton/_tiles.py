@@ -67,7 +67,7 @@ def gated_lora_tiles(m: int, n: int, k: int, itemsize: int, shared_memory: int, 
 
 def shrink_tiles(m: int, r: int, k: int, itemsize: int, shared_memory: int) -> GatedLoraTiles:
     """Tiles of s = x A^T for x (m, k), A (r, k): there are few, so rows' tiles are small and K is cut."""
-    block_m = min(64 if itemsize == 2 else 32, max(16, next_power_of_2(m)))
+    block_m = min(64 if itemsize == 2 and k % 8 == 0 else 32, max(16, next_power_of_2(m)))  # see above for K off 16-byte boundaries
     block_k = 64 if itemsize == 2 else 32
     segments, segment_k = segments_of(r, k, block_k, cdiv(max(m, 1), block_m))
     stage = (block_m + 64) * block_k * itemsize
