@@ -10,16 +10,21 @@ from torch import Tensor
 from bench import counts
 
 EAGER, COMPILED, FUSED, GATHER, BASE, OURS = "eager", "torch.compile", "torch fused", "boolean gather", "base alone", "ours"
+SDPA, FLEX = "sdpa, dense mask", "FlexAttention"
 
 
 @dataclass(frozen=True)
 class Model:
+    """contexts: tokens before a decoding step, for attention; few_contexts: those of a short run."""
+
     name: str
     hidden: int
     intermediate: int
     heads: int
     kv_heads: int
     head_dim: int
+    contexts: tuple[int, ...] = (512, 2048, 8192, 32768, 131072)
+    few_contexts: tuple[int, ...] = (2048, 32768)
 
     def layers(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """name -> (inputs, the projections that share them), as `mtp_model` merges them."""
@@ -40,17 +45,23 @@ MODELS = {
         Model("Qwen3-4B", 2560, 9728, 32, 8, 128),
     )
 }
-TOY = Model("toy", 64, 96, 4, 2, 16)
+TOY = Model("toy", 64, 96, 4, 2, 16, (520,), (520,))  # ours takes keys in pieces of 512: one boundary
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Rows of a call, of which the last `on` are gate-on; train: its backward pass is measured too."""
+    """Rows of a call, of which the last `on` are gate-on; train: its backward pass is measured too.
+
+    mode, k: the layout that the rows are of, where they are a pass and not just a number of rows; attention needs one. In training
+    `rows` is also the length of the text.
+    """
 
     name: str
     rows: int
     on: int
     train: bool = False
+    mode: str = ""
+    k: int = 0
 
 
 def _share(rows: int) -> int:
@@ -58,19 +69,23 @@ def _share(rows: int) -> int:
 
 
 SETTINGS = (  # linear: k + 1 tokens and k masks; quadratic: k masks after each of k + 1 tokens
-    Setting("plain decoding", 1, 0),
-    Setting("linear, k = 4", 9, 4),
-    Setting("linear, k = 8", 17, 8),
-    Setting("quadratic, k = 4", 25, 20),
-    Setting("quadratic, k = 8", 81, 72),
+    Setting("plain decoding", 1, 0, mode="autoregressive"),
+    Setting("linear, k = 4", 9, 4, mode="linear", k=4),
+    Setting("linear, k = 8", 17, 8, mode="linear", k=8),
+    Setting("quadratic, k = 4", 25, 20, mode="quadratic", k=4),
+    Setting("quadratic, k = 8", 81, 72, mode="quadratic", k=8),
     Setting("few rows", 128, _share(128)),
     Setting("few rows, all off", 128, 0),
-    Setting("training", 1024, _share(1024), True),
+    Setting("training", 1024, _share(1024), True, "training"),
     Setting("prefill, all off", 1024, 0),
-    Setting("training", 8192, _share(8192), True),
+    Setting("training", 8192, _share(8192), True, "training"),
     Setting("prefill, all off", 8192, 0),
 )
-TOY_SETTINGS = (Setting("plain decoding", 1, 0), Setting("linear, k = 8", 17, 8), Setting("training", 160, _share(160), True))
+TOY_SETTINGS = (
+    Setting("plain decoding", 1, 0, mode="autoregressive"),
+    Setting("linear, k = 8", 17, 8, mode="linear", k=8),
+    Setting("training", 160, _share(160), True, "training"),
+)
 
 
 @dataclass(frozen=True)

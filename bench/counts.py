@@ -76,6 +76,21 @@ def swiglu(m: int, f: int, itemsize: int, backward: bool = False) -> Count:
     return Count(numbers * itemsize, operations)
 
 
+def attention(rows: int, batch: int, heads: int, kv_heads: int, d: int, keys: int, pairs: int, itemsize: int, backward: bool = False) -> Count:
+    """keys: distinct columns of K and V that rows attend, summed over the batch; pairs: of a row and a key that it attends, likewise.
+
+    Each column is read once per key head. Backward: gradients of q, k and v; scores are computed again from q, K and two float32
+    sums per row and head, because keeping them would move rows x keys.
+    """
+    q, kv, sums = rows * batch * heads * d, 2 * keys * kv_heads * d, 2 * rows * batch * heads
+    numbers, operations = 2 * q + kv, heads * pairs * (4 * d + 1) + q  # two products, one exponential; at last a division
+    if not backward:
+        return Count(numbers * itemsize, operations)
+    numbers += 4 * q + 2 * kv  # o is read (it was written anyway), dy, q, K, V; dq, dK and dV written
+    operations += heads * pairs * (10 * d + 1) + 2 * q  # scores again, dV, dP, dQ, dK; o dot dy
+    return Count(numbers * itemsize + 2 * sums * 4, operations)
+
+
 # ---- the plans of gated LoRA
 
 

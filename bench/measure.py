@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm
 
-from bench.cases import BASE, COMPILED, EAGER, OURS, Case, Provider
+from bench.cases import BASE, COMPILED, EAGER, FLEX, OURS, Case, Provider
 from bench.counts import GPU
 from bench.timing import GPUClock, copies, interleave, percentiles, run_of
 from mtp_kernels.testing import assert_within_budget
@@ -133,7 +133,7 @@ def measure_all(cases: list[Case], dtype: torch.dtype, roof: GPU, with_compile: 
     device = torch.device("cuda")
     cache, began, rows = torch.cuda.get_device_properties().L2_cache_size, time.monotonic(), []
     for case in tqdm(cases, desc="kernels", disable=None):
-        providers = [p for p in case.providers if with_compile or p.name != COMPILED]
+        providers = [p for p in case.providers if with_compile or p.name not in (COMPILED, FLEX)]
         if time.monotonic() - began > 60 * minutes:
             rows += [row(case, p, dtype.itemsize, "not run: out of time") for p in providers]
             continue

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench import counts
 from bench.cases import BASE, COMPILED, EAGER, FUSED, GATHER, OURS, Case, Model, Provider, Setting, compiled, random_tensors
+from bench.suite_attention import attention
 from mtp_kernels import ops, reference
 
 SCALE = 2.0
@@ -211,4 +212,5 @@ Suite = Callable[[Model, Iterable[Setting], Iterable[int]], Iterator[Case]]
 SUITES: dict[str, Suite] = {
     **{name: partial(gated_lora, name) for name in ("gated_lora_linear", "gated_lora_swiglu")},
     **{name: partial(row_wise, name) for name in ("rms_norm", "rotary_embedding", "swiglu")},
+    "attention": attention,
 }

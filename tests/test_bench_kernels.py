@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import counts, kernels, measure, render, suites, timing
-from bench.cases import BASE, COMPILED, EAGER, GATHER, OURS, SETTINGS, TOY, Setting
+from bench import counts, kernels, measure, render, suite_attention, suites, timing
+from bench.cases import BASE, COMPILED, EAGER, FLEX, GATHER, MODELS, OURS, SDPA, SETTINGS, TOY, Setting
 from bench.counts import DATASHEETS, GPU
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +29,7 @@ def command(tmp_path_factory):
     """The command in a process of its own: (finished process, directory of its files)."""
     pytest.importorskip("triton")
     out = tmp_path_factory.mktemp("kernels")
-    arguments = ["--quick", "--rows", "17", "--operation", "gated_lora_swiglu", "rms_norm", "--out", str(out)]
+    arguments = ["--quick", "--rows", "17", "--operation", "gated_lora_swiglu", "rms_norm", "attention", "--out", str(out)]
     environment = os.environ | dict(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     process = subprocess.run(
         [sys.executable, "-m", "bench.kernels", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
@@ -44,9 +44,9 @@ def test_command_checks_and_counts(command):
     assert process.stdout.startswith(render.markdown(values)) and (out / "kernels.md").read_text() == render.markdown(values) + "\n"
     assert "Counts, not measurements." in process.stdout and not values["measured"]
     assert {"date", "commit", "device", "versions"} <= set(values["environment"]) and values["settings"]["dtype"] == "bfloat16"
-    assert {r["provider"] for r in values["rows"]} >= {EAGER, GATHER, BASE, OURS} and {r["status"] for r in values["rows"]} == {"ok"}
+    assert {r["provider"] for r in values["rows"]} >= {EAGER, GATHER, BASE, SDPA, OURS} and {r["status"] for r in values["rows"]} == {"ok"}
     assert all(r["seconds"] is None for r in values["rows"])  # nothing was timed
-    assert [r["layer"] for r in values["counts"]] == ["gate_up", "rms_norm"]
+    assert [r["layer"] for r in values["counts"]] == ["gate_up", "rms_norm", "attention", "attention"]
     assert {r["name"] for r in values["plans"]} == {"one launch", "project, finish", "shrink, product"}
 
 
@@ -101,6 +101,66 @@ def test_counts_by_hand():
     assert counts.rms_norm(2, 10, 2) == counts.Count(2 * (4 * 20 + 10), 100)
     assert counts.swiglu(2, 10, 2, backward=True).bytes == 2 * (3 * 20 + 5 * 20)
     assert counts.rotary_embedding(2, 3, 4, 2).bytes == 2 * (2 * 24 + 2 * 8)
+
+
+def test_attention_counts_by_hand():
+    """Llama-3.1-8B at linear, k = 8 behind 512 tokens, two bytes; and training's mask rows of a small shape, forward and backward."""
+    (case,) = [c for c in suites.SUITES["attention"](MODELS["Llama-3.1-8B"], SETTINGS, (16, 64)) if c.setting.rows == 17 and "512, batch 4" in c.shape]
+    pairs = 4 * (sum(range(513, 522)) + 8 * 521 + sum(range(1, 9)))  # nine tokens, eight masks behind all of them, each behind the masks before
+    count = case.count(2, True)
+    assert count.bytes == 2 * (2 * 17 * 4 * 4096 + 2 * 4 * (512 + 17) * 1024)  # q and o; K and V of 529 columns, eight key heads
+    assert count.operations == 32 * pairs * (4 * 128 + 1) + 17 * 4 * 4096
+    # 4 tokens, k = 2: rows behind 2, 2, 4, 4 tokens with 1, 2, 1, 2 masks: 18 pairs over 8 columns; 3 heads of 1, d = 5
+    assert suite_attention.attended(suite_attention.training_rows(4, 2, CPU)) == (8, 18)
+    forward, both = (counts.attention(4, 1, 3, 1, 5, 8, 18, 4, backward) for backward in (False, True))
+    assert forward == counts.Count(4 * (2 * 60 + 80), 54 * 21 + 60)
+    assert both.bytes == forward.bytes + 4 * (4 * 60 + 2 * 80) + 2 * 4 * 2 * 12  # o, dy, q, dq; K, V, dK, dV; two sums, written and read
+    assert both.operations == forward.operations + 54 * 51 + 2 * 60
+
+
+def test_attention_cases_are_those_of_the_layouts():
+    def cases(settings, ranks):
+        return list(suites.SUITES["attention"](MODELS["Llama-3.1-8B"], settings, ranks))
+
+    every = cases(SETTINGS, kernels.RANKS)
+    assert len(every) == 5 * 5 * 3 + 3 * 2 * 2
+    for case in every[::15] + every[-1:]:
+        rows = case.make.args[0](device=CPU)
+        assert (rows.visible.shape[0], rows.num_masks) == (case.setting.rows, case.setting.on)
+    short = cases([s for s in SETTINGS if s.rows in kernels.QUICK["rows"]], kernels.QUICK["rank"])
+    assert [(c.setting.rows, c.shape.split("128, ")[1]) for c in short[:4]] == [
+        (rows, f"context {context}, batch 1") for rows in (1, 81) for context in (2048, 32768)
+    ]
+    assert [(c.shape.split("128, ")[1], c.backward) for c in short[4:]] == [("1024 tokens, k = 8", False), ("1024 tokens, k = 8", True)]
+    assert not cases([Setting("few rows", 128, 114)], (16,)) and len(cases(SETTINGS[:1], (16, 64))) == 15
+
+
+def test_flex_attention_competes_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    first, second = list(suites.SUITES["attention"](TOY, SETTINGS[:2], (16,)))
+    assert [p.name for p in first.providers] == [SDPA, FLEX, OURS]
+    assert first.providers[1].call is not second.providers[1].call  # each compiles for its own shapes
+
+
+def test_attention_in_a_batch():
+    """The toy checks of a short run have no batch."""
+    found = [c for c in suites.SUITES["attention"](TOY, [Setting("quadratic, k = 4", 25, 20, mode="quadratic", k=4)], (16, 64)) if "batch 4" in c.shape]
+    rows = list(measure.check_toys(found, torch.float32, kernels.interpreted()))
+    assert [r["provider"] for r in rows] == [SDPA, OURS] and all(r["status"] in ("ok", "skipped") for r in rows)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("rows", [suite_attention.decoding_rows("quadratic", 3, 40, 2, CPU), suite_attention.training_rows(24, 4, CPU)])
+def test_flex_attention_has_the_rule(rows):
+    from torch.nn.attention.flex_attention import create_block_mask, create_mask
+
+    t, b = rows.visible.shape
+    modified, allowed = suite_attention.mask_mod(rows.rule, 64), suites.reference.allowed_keys(rows.rule, 64)
+    assert torch.equal(create_mask(modified, b, None, t, 64, device="cpu")[:, 0], allowed)
+    randn = suite_attention.random_tensors(CPU, torch.float32)
+    inputs = dict(q=randn(t, b, 4, 16), k=randn(b, 2, 64, 16), v=randn(b, 2, 64, 16), mask=allowed.unsqueeze(1))
+    inputs["block_mask"] = create_block_mask(modified, b, None, t, 64, device="cpu")
+    assert torch.allclose(suite_attention.flex(inputs), suite_attention.plain(inputs), atol=1e-5)
 
 
 def test_readme_shows_what_the_command_prints():
