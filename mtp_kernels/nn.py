@@ -227,5 +227,5 @@ class SamplerHead(nn.Module):
             previous, z = previous.to(dtype), z.to(dtype)
         return ops.sampler_hidden(previous, z, self.weights(z.dtype))
 
-    def draft(self, z: Tensor, first: Tensor, embedding: Tensor, lm_head: Tensor) -> Tensor:
-        return ops.sampler_draft(z, first, embedding, self.weights(z.dtype), lm_head)
+    def draft(self, z: Tensor, first: Tensor, embedding: Tensor, lm_head: Tensor, candidates: int | None = None) -> Tensor:
+        return ops.sampler_draft(z, first, embedding, self.weights(z.dtype), lm_head, candidates=candidates)

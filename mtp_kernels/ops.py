@@ -365,13 +365,18 @@ def sampler_draft(
     weights: SamplerWeights,
     lm_head: Tensor,
     *,
+    candidates: int | None = None,
     implementation: str | None = None,
 ) -> Tensor:
-    """Draft k tokens: token_0 = first; token_i = argmax(W_lm sampler_hidden(E[token_{i-1}], z_i)), i = 1..k.
+    """Draft k tokens: token_0 = first; token_i = argmax(W_lm[C_i] sampler_hidden(E[token_{i-1}], z_i)), i = 1..k.
+
+    C_i, the tokens that mask i may become, is the vocabulary; or, given a number of candidates, that many tokens with the
+    highest logits W_lm z_i (of equal ones at the end of the list any). One product finds all k lists, and the k steps, one after
+    another, then read `candidates` rows of lm_head each instead of all of it. Drafts need not be exact: they are verified.
 
     z: (B, k, d), hidden states of one block's masks. first: (B,) integer, the verified token before them.
-    embedding, lm_head: (V, d). Returns (B, k) int64; the lowest id wins a tie. Not differentiable.
-    Raises ValueError for other shapes, dtypes or devices.
+    embedding, lm_head: (V, d). candidates: 1 to V; V is the vocabulary, as is None. Returns (B, k) int64; the lowest id
+    wins a tie. Not differentiable. Raises ValueError for other shapes, dtypes, devices or candidates.
     """
     compute = _implementation(implementation, "sampler_draft", z.device)
     if z.ndim != 3:
@@ -383,7 +388,9 @@ def sampler_draft(
     _check_shape("lm_head", lm_head, (lm_head.shape[0], d), "(V, d)")
     _check_sampler(weights, d)
     _check_floating("z embedding lm_head " + _SAMPLER_NAMES, z, embedding, lm_head, *weights)
-    return compute(z, first, embedding, weights, lm_head)
+    if candidates is not None and (type(candidates) is not int or not 1 <= candidates <= lm_head.shape[0]):
+        raise ValueError(f"candidates is {candidates!r}; accepted are an int from 1 to V = {lm_head.shape[0]}, or None")
+    return compute(z, first, embedding, weights, lm_head, candidates=candidates)
 
 
 def linear_cross_entropy(

@@ -229,14 +229,22 @@ def sampler_hidden(previous: Tensor, z: Tensor, weights: SamplerWeights) -> Tens
 
 
 def sampler_draft(
-    z: Tensor, first: Tensor, embedding: Tensor, weights: SamplerWeights, lm_head: Tensor
+    z: Tensor, first: Tensor, embedding: Tensor, weights: SamplerWeights, lm_head: Tensor, *, candidates: int | None = None
 ) -> Tensor:
-    d = z.shape[-1]
+    d, ids = z.shape[-1], None
+    if candidates is not None and candidates < lm_head.shape[0]:  # a list of everything would only be slower
+        # (B, k, C), by id, so that the first of equal logits is the lowest id
+        ids = F.linear(z, lm_head).topk(candidates, dim=-1, sorted=False).indices.sort(-1).values
     from_mask = F.linear(z, weights.w1[:, d:], weights.b1)  # all k masks at once; only the token's half is sequential
     drafts, token = [], first
     for i in range(z.shape[1]):
         h = torch.addmm(from_mask[:, i], F.embedding(token, embedding), weights.w1[:, :d].t())
-        token = F.linear(_sampler_tail(h, weights), lm_head).argmax(-1)
+        h = _sampler_tail(h, weights)
+        if ids is None:
+            token = F.linear(h, lm_head).argmax(-1)
+        else:
+            best = torch.bmm(F.embedding(ids[:, i], lm_head), h.unsqueeze(-1)).squeeze(-1).argmax(-1, keepdim=True)
+            token = ids[:, i].gather(1, best).squeeze(1)
         drafts.append(token)
     return torch.stack(drafts, dim=1)
 

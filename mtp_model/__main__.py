@@ -98,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     write.add_argument("--mode", choices=MODES, default="quadratic")
     write.add_argument("--k", type=int, help="masks per block (default: the adapter's)")
     write.add_argument("--max-new-tokens", type=int, default=100)
+    write.add_argument("--draft-candidates", type=int, metavar="C", help="tokens that the sampler chooses from for each mask (default: all)")
     write.add_argument("prompt", help="text to continue; - reads standard input")
     return parser
 
@@ -129,7 +130,7 @@ def run_generate(args) -> int:
     tokenizer = load_tokenizer(args.model)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     ids = tokenizer(prompt)["input_ids"]
-    decoding = Decoding(model, [ids], mode=args.mode, k=args.k, max_new_tokens=args.max_new_tokens)
+    decoding = Decoding(model, [ids], mode=args.mode, k=args.k, max_new_tokens=args.max_new_tokens, draft_candidates=args.draft_candidates)
     written = ""
     for _ in decoding:
         text = tokenizer.decode(decoding.tokens[0])

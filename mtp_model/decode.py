@@ -58,7 +58,9 @@ class Decoding:
 
     prompts: token ids, one non-empty list per sequence. mode: see `layout.MODES`. k: masks per block, 1 to the adapter's
     (default: all of them). eos: end-of-text ids; default the model's, () for none. use_sampler: False drafts from the
-    masks' own logits. Raises ValueError for anything else, before any work.
+    masks' own logits. draft_candidates: how many tokens, 1 to the vocabulary, the sampler chooses from for each mask, which
+    spares it most of its reading of lm_head; default all of them. It changes which drafts are offered, never the text, and does
+    nothing without a sampler. Raises ValueError for anything else, before any work.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Decoding:
         max_new_tokens: int = 100,
         eos: Sequence[int] | None = None,
         use_sampler: bool = True,
+        draft_candidates: int | None = None,
     ):
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; accepted are {', '.join(MODES)}")
@@ -90,8 +93,11 @@ class Decoding:
                 raise ValueError(f"prompt {b} has a token id outside 0 to {vocab - 1}")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; accepted is 1 or more")
+        if draft_candidates is not None and (type(draft_candidates) is not int or not 1 <= draft_candidates <= vocab):
+            raise ValueError(f"draft_candidates is {draft_candidates!r}; accepted are an int from 1 to the vocabulary's {vocab}, or None")
         self.model, self.mode, self.k, self.max_new_tokens = model, mode, k, max_new_tokens
         self.prompts, self.use_sampler = [list(p) for p in prompts], use_sampler
+        self.draft_candidates = draft_candidates
         self.eos = frozenset(model.config.eos_token_ids if eos is None else eos)
         batch = len(prompts)
         self.tokens: list[list[int]] = [[] for _ in prompts]
@@ -176,7 +182,7 @@ class Decoding:
         first = layout.num_ntp + block * self.k
         index = first.unsqueeze(1) + torch.arange(self.k, device=z.device)  # (B, k)
         states = z[index, torch.arange(z.shape[1], device=z.device).unsqueeze(1)]
-        drafts = self.model.draft(states, newest, self.use_sampler)
+        drafts = self.model.draft(states, newest, self.use_sampler, self.draft_candidates)
         self._book("draft", began)
         return drafts, drafted
 

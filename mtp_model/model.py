@@ -125,8 +125,11 @@ class MTPModel(nn.Module):
         """(..., V) logits of hidden states (..., d)."""
         return self.operations.gated_lora_linear(z, self.lm_head)
 
-    def draft(self, z: Tensor, first: Tensor, use_sampler: bool = True) -> Tensor:
-        """(B, k) draft tokens from the states z (B, k, d) of a block's masks and the token before them, first (B,)."""
+    def draft(self, z: Tensor, first: Tensor, use_sampler: bool = True, candidates: int | None = None) -> Tensor:
+        """(B, k) draft tokens from the states z (B, k, d) of a block's masks and the token before them, first (B,).
+
+        candidates: how many tokens the sampler chooses from for each mask (see `ops.sampler_draft`); default all of them.
+        """
         if use_sampler and self.sampler is not None:
-            return self.sampler.draft(z, first, self.embed, self.lm_head)
+            return self.sampler.draft(z, first, self.embed, self.lm_head, candidates)
         return self.logits(z).argmax(-1)

@@ -52,6 +52,22 @@ def test_tokens_equal_autoregressive(shared, oracle, mode, k, batch, use_sampler
     assert stats.accepted == sorted(stats.accepted, reverse=True)
 
 
+@pytest.mark.parametrize("candidates", [1, 2, 6])
+@pytest.mark.parametrize("mode", MULTI)
+def test_candidates_change_drafts_and_never_the_text(shared, oracle, monkeypatch, mode, candidates):
+    seen = []
+    original = shared.model.sampler.draft
+    monkeypatch.setattr(shared.model.sampler, "draft", lambda *args: seen.append((args, original(*args))) or seen[-1][1])
+    result = generate(shared.model, PROMPTS, mode=mode, k=3, max_new_tokens=NEW, draft_candidates=candidates)
+    assert result.tokens == oracle
+    assert result.stats.accepted[0] > 0
+    with torch.inference_mode():
+        exact = [original(*args[:4]) for args, _ in seen]
+    assert all(args[4] == candidates for args, _ in seen)
+    same = all(torch.equal(drafts, wanted) for (_, drafts), wanted in zip(seen, exact, strict=True))
+    assert same == (candidates == 6)
+
+
 def test_the_toy_accepts_and_rejects(shared):
     """The comparison above says something only if drafts are sometimes right and sometimes wrong, in every mode."""
     for mode in MULTI:
@@ -206,6 +222,9 @@ def test_seconds(shared):
         (dict(prompts=[[1], [6]]), "prompt 1"),
         (dict(prompts=[[-1]]), "outside 0 to 5"),
         (dict(max_new_tokens=0), "max_new_tokens"),
+        (dict(draft_candidates=0), "draft_candidates is 0; accepted .* 1 to the vocabulary's 6"),
+        (dict(draft_candidates=7), "draft_candidates is 7"),
+        (dict(draft_candidates=True), "draft_candidates is True"),
     ],
 )
 def test_errors(shared, options, word):

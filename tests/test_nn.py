@@ -288,3 +288,13 @@ def test_norm_and_sampler_are_their_operations():
         expected = head.norm2(torch.nn.functional.silu(head.linear2(h)))
         assert torch.allclose(head(e, x), expected, atol=1e-6)
     assert head(e, x).requires_grad
+
+
+def test_sampler_drafts_from_candidates():
+    head, z, table = SamplerHead(8), torch.randn(2, 3, 8), torch.randn(20, 8)
+    first = torch.tensor([3, 4])
+    for candidates in (None, 1, 4, 20):
+        drafts = head.draft(z, first, table, table, candidates)
+        assert torch.equal(drafts, ops.sampler_draft(z, first, table, head.weights(), table, candidates=candidates))
+    assert torch.equal(drafts, head.draft(z, first, table, table))
+    assert torch.equal(head.draft(z, first, table, table, 1), (z @ table.t()).argmax(-1))

@@ -378,6 +378,63 @@ def test_sampler_draft_takes_the_lowest_id_on_a_tie():
     assert drafts.tolist() == [[0, 0, 0]] * 2
 
 
+@pytest.mark.parametrize("candidates", [1, 2, 5, 10, 11])
+@pytest.mark.parametrize("batch, k", [(1, 1), (3, 4), (2, 8)])
+@torch.no_grad()
+def test_sampler_draft_from_a_shortlist(batch, k, candidates):
+    weights, modules = sampler(16)
+    z, embedding, lm_head = randn(batch, k, 16), randn(11, 16, seed=1, scale=3), randn(11, 16, seed=2)
+    first = torch.arange(batch) % 11
+    drafts = sampler_draft(z, first, embedding, weights, lm_head, candidates=candidates)
+    assert drafts.shape == (batch, k) and drafts.dtype == torch.int64
+    modules.double()
+    for b in range(batch):
+        token = int(first[b])
+        for i in range(k):
+            own = (lm_head @ z[b, i]).tolist()
+            allowed = sorted(sorted(range(11), key=own.__getitem__)[-candidates:])
+            logits = lm_head.double() @ modules(torch.cat([embedding[token], z[b, i]]).double())
+            token = max(allowed, key=logits.tolist().__getitem__)
+            assert int(drafts[b, i]) == token
+    exact = sampler_draft(z, first, embedding, weights, lm_head)
+    if candidates == 11:
+        assert torch.equal(drafts, exact)
+    elif candidates == 1:
+        assert torch.equal(drafts, (z @ lm_head.t()).argmax(-1))
+
+
+@pytest.mark.parametrize("candidates", [4, 10, 20])
+def test_a_shortlist_that_has_the_exact_drafts_gives_them(candidates):
+    weights, _ = sampler(16)
+    z, embedding, lm_head = randn(64, 4, 16), randn(40, 16, seed=1), randn(40, 16, seed=2)
+    first = torch.arange(64) % 40
+    exact, short = (sampler_draft(z, first, embedding, weights, lm_head, candidates=c) for c in (None, candidates))
+    listed = (z @ lm_head.t()).topk(candidates).indices
+    inside = (listed == exact.unsqueeze(-1)).any(-1).to(torch.int64).cumprod(1).bool()  # up to the first draft that is not listed
+    assert torch.equal(exact[inside], short[inside]) and 0 < inside.sum() < inside.numel()
+    assert not torch.equal(exact, short)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_sampler_draft_from_a_shortlist_in_half_precision(dtype):
+    weights, _ = sampler(16, dtype)
+    z, embedding, lm_head = (randn(*shape, seed=i, dtype=dtype) for i, shape in enumerate([(4, 5, 16), (40, 16), (40, 16)]))
+    drafts = sampler_draft(z, torch.arange(4), embedding, weights, lm_head, candidates=3)
+    own = F.linear(z, lm_head).float()
+    assert drafts.shape == (4, 5) and (own.gather(2, drafts.unsqueeze(-1)).squeeze(-1) >= own.topk(3).values[..., -1]).all()
+    assert torch.equal(sampler_draft(z, torch.arange(4), embedding, weights, lm_head, candidates=40),
+                       sampler_draft(z, torch.arange(4), embedding, weights, lm_head))  # fmt: skip
+
+
+def test_sampler_draft_from_a_shortlist_takes_the_lowest_id_on_a_tie():
+    """Tokens 2, 4 and 5 have the same row, which is also the states' direction: they are the list, in whatever order topk gives them."""
+    weights, _ = sampler(8)
+    lm_head = randn(6, 8, seed=3)
+    lm_head[4] = lm_head[5] = lm_head[2]
+    z = lm_head[2].expand(2, 3, 8) * 10
+    assert sampler_draft(z, torch.tensor([1, 3]), randn(6, 8), weights, lm_head, candidates=3).tolist() == [[2, 2, 2]] * 2
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 @pytest.mark.parametrize("ignore_index", [-100, 2])
 @pytest.mark.parametrize("shape", [(7,), (3, 5)])

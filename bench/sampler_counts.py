@@ -1,0 +1,51 @@
+"""What drafting k tokens moves with the sampler: exact, and from a shortlist. Arithmetic on shapes, no measurement.
+
+    python -m bench.sampler_counts
+
+Exact drafting reads all of lm_head in each of its k sequential steps. A shortlist reads it once, for all k masks, and in the steps
+only the rows of its candidates. Counted is what `mtp_kernels.reference.sampler_draft` moves through memory, each matrix read once per
+product that has it; left out are vectors of the hidden size (states, embeddings, biases, norms) and the candidates' ids.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SamplerBytes:
+    """lm_head: its products' reading of it. rows: the candidates' rows, gathered. logits: written, then read by argmax or
+    topk. layers: the sampler's own two matrices."""
+
+    lm_head: int
+    rows: int
+    logits: int
+    layers: int
+
+    @property
+    def total(self) -> int:
+        return self.lm_head + self.rows + self.logits + self.layers
+
+
+def sampler_draft(d: int, vocab: int, k: int, candidates: int | None = None, batch: int = 1, itemsize: int = 2) -> SamplerBytes:
+    """Bytes that drafting k tokens for each of `batch` sequences moves. candidates: see `mtp_kernels.sampler_draft`."""
+    layers = (1 + 2 * k) * d * d * itemsize  # the first matrix's half for z once, its other half and the second one k times
+    every_logit = 2 * batch * k * vocab * itemsize
+    if candidates is None or candidates >= vocab:
+        return SamplerBytes(k * vocab * d * itemsize, 0, every_logit, layers)
+    drafted = batch * k * candidates
+    rows = 3 * drafted * d * itemsize  # read, written side by side, read by the product
+    return SamplerBytes(vocab * d * itemsize, rows, every_logit + 2 * drafted * itemsize, layers)
+
+
+def table(d: int, vocab: int, k: int, candidates: tuple[int | None, ...] = (None, 16, 64, 256), batch: int = 1) -> str:
+    exact = sampler_draft(d, vocab, k, batch=batch).total
+    lines = ["| candidates | lm_head, MB | rows, MB | logits, MB | sampler's layers, MB | total, MB | of exact |", "|---:|---:|---:|---:|---:|---:|---:|"]
+    for c in candidates:
+        b = sampler_draft(d, vocab, k, c, batch)
+        cells = [f"{x / 1e6:,.1f}" for x in (b.lm_head, b.rows, b.logits, b.layers, b.total)]
+        lines.append(f"| {'all (exact)' if c is None else c} | {' | '.join(cells)} | {100 * b.total / exact:.1f} % |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print("Llama-3.1-8B (d = 4096, V = 128256), k = 8, batch 1, bfloat16:\n")
+    print(table(4096, 128_256, 8))
