@@ -21,7 +21,7 @@ from tqdm import tqdm
 from bench.report import PeakMemory, environment, quartiles, table, write_json
 from mtp_model import Decoding, MTPModel, generate, load_adapter, load_model
 from mtp_model.__main__ import DTYPES, IMPLEMENTATIONS, default_device, default_dtype, load_tokenizer
-from mtp_model.demo import ADAPTER, ADAPTER_NO_LCM, BASE, HELD_OUT
+from mtp_model.demo import ABLATION, ADAPTER, BASE, HELD_OUT
 from mtp_model.layout import MODES
 
 AUTOREGRESSIVE = "autoregressive"
@@ -224,15 +224,16 @@ def ablation(model: MTPModel, prompts: list[list[int]], new_tokens: int, k: int,
         adapter = load_adapter(directory)
         model.remove_adapter()
         adapter.apply(model, model.dtype)
-        lcm = adapter.notes.get("training", {}).get("lcm_weight", 1.0) > 0
-        name = "with LCM" if lcm else "without LCM"
+        training = adapter.notes.get("training", {})
+        lcm, steps = training.get("lcm_weight", 1.0) > 0, training.get("steps_done")
+        name = ("with LCM" if lcm else "without LCM") + (f", {steps} steps" if steps else "")
         for mode, sampler in (("linear", False), ("linear", True), ("quadratic", False), ("quadratic", True)):
             row = Row(mode, k)
             for prompt in tqdm(prompts, desc=f"{mode}, {name}", disable=None, leave=False):
                 measure(row, model, None, [prompt], new_tokens, use_sampler=sampler)
             middle, low, high = quartiles(row.per_prompt)
             mean = sum(row.per_prompt) / len(row.per_prompt)
-            records.append({"mode": mode, "sampler": sampler, "lcm": lcm, "k": k, "pooled": row.tokens / row.passes,
+            records.append({"mode": mode, "sampler": sampler, "lcm": lcm, "steps": steps, "k": k, "pooled": row.tokens / row.passes,
                             "mean": mean, "median": middle, "quartiles": [low, high], "per_prompt": row.per_prompt})  # fmt: skip
             lines.append([f"{mode}, {'with' if sampler else 'without'} sampler, {name}", f"{row.tokens / row.passes:.2f}",
                           f"{mean:.2f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"])  # fmt: skip
@@ -295,7 +296,7 @@ def main(argv=None) -> int:
         write_json(args.out / "decode_check.json", {"environment": where, "settings": settings, "identical": good, "table": text.splitlines()})
         return 0 if good or dtype != torch.float32 else 1
     if args.ablation:
-        adapters = [args.adapter] + ([ADAPTER_NO_LCM] if args.adapter == ADAPTER else [])
+        adapters = [args.adapter, *(ABLATION if args.adapter == ADAPTER else ())]
         text, records = ablation(model, prompts, args.new_tokens, (args.k or [model.mtp.num_masks])[0], adapters)
         print(text)
         write_json(args.out / "decode_ablation.json", {"environment": where, "settings": settings, "rows": records})

@@ -70,13 +70,13 @@ def test_check_counts_a_wrong_text(monkeypatch):
 
 @pytest.mark.parametrize("own", [False, True])
 def test_ablation(tmp_path, own):
-    """Four rows for an adapter; the demo's is also held against the one without LCM, somebody's own is not."""
+    """Four rows for an adapter; behind the demo's own stand those of the pair with and without LCM."""
     adapter = shutil.copytree(ADAPTER, tmp_path / "own") if own else ADAPTER
     arguments = ["--ablation", "--num-prompts", "2", "--new-tokens", "10", "--k", "2", "--adapter", str(adapter), "--out", str(tmp_path)]
     assert decode.main(arguments) == 0
     rows = json.loads((tmp_path / "decode_ablation.json").read_text())["rows"]
     ways = [(mode, sampler) for mode in ("linear", "quadratic") for sampler in (False, True)]
-    assert [(r["mode"], r["sampler"], r["lcm"]) for r in rows] == [(*way, lcm) for lcm in ([True] if own else [True, False]) for way in ways]
+    assert [(r["mode"], r["sampler"], r["lcm"]) for r in rows] == [(*way, lcm) for lcm in ([True] if own else [True, True, False]) for way in ways]
     assert all(len(r["per_prompt"]) == 2 and 1 <= r["pooled"] <= 3 for r in rows)
 
 

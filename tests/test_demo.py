@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtp_model.demo
 from mtp_model import generate, load_adapter, load_model
-from mtp_model.demo import ADAPTER, ADAPTER_NO_LCM, BASE, HELD_OUT
+from mtp_model.demo import ABLATION, ADAPTER, BASE, HELD_OUT
 from mtp_model.demo.base import train_tokenizer, windows
 from mtp_model.demo.corpus import is_held_out, read_corpus
 from mtp_model.layout import MODES
@@ -27,7 +27,7 @@ def test_files_are_small_enough_and_real():
     files = [p for p in Path(mtp_model.demo.__file__).parent.rglob("*") if p.is_file() and p.suffix != ".pyc"]
     assert sum(p.stat().st_size for p in files) < 32 * 2**20
     assert not [p for p in files if p.suffix in (".pt", ".bin", ".pkl")]
-    for directory in (ADAPTER, ADAPTER_NO_LCM):
+    for directory in (ADAPTER, *ABLATION):
         config = load_adapter(directory).config
         assert config.num_masks == 8 and config.sampler
 

@@ -8,5 +8,6 @@ from pathlib import Path
 
 BASE = Path(__file__).parent / "base"
 ADAPTER = Path(__file__).parent / "adapter"
-ADAPTER_NO_LCM = Path(__file__).parent / "adapter-no-lcm"  # the same recipe without the consistency loss, for comparison
+# A shorter training, with and without the consistency loss and alike in all else: what that loss brings.
+ABLATION = tuple(Path(__file__).parent / "ablation" / name for name in ("with-lcm", "without-lcm"))
 HELD_OUT = Path(__file__).parent / "heldout.jsonl"
