@@ -1,7 +1,8 @@
 """Modules: weights and one call into `ops` each.
 
 A module's `operations` are the checked functions of `ops`; a model that guarantees its shapes may set `ops.unchecked()`.
-Under torch.autocast a module casts its input and its weights as torch's own layer of the kind does.
+Under torch.autocast a module casts its input and its weights as torch's own layer of the kind does; a model with unchecked
+operations has chosen its dtype and is left in it.
 """
 
 from collections.abc import Sequence
@@ -126,7 +127,7 @@ class GatedLoRALinear(nn.Module):
         swiglu: return silu(first half) * second half instead, in the same launch where kernels are fused; no residual then.
         """
         weight, bias, outside = self.weight, self.bias, None
-        dtype = _autocast_dtype(x)
+        dtype = _autocast_dtype(x) if self.operations is ops else None
         if dtype is not None:
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
             if residual is not None and residual.dtype is not dtype:
@@ -155,7 +156,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, residual: Tensor | None = None):
-        if _autocast_dtype(x) is not None:  # norms stay in the weight's precision there
+        if self.operations is ops and _autocast_dtype(x) is not None:  # norms stay in the weight's precision there
             x, residual = x.to(self.weight.dtype), None if residual is None else residual.to(self.weight.dtype)
         return self.operations.rms_norm(x, self.weight, self.eps, residual)
 

@@ -59,10 +59,11 @@ def _implementation(name: str | None, operation: str, device: torch.device):
     return getattr(kernels, operation)
 
 
-def unchecked(implementation: str | None = None) -> SimpleNamespace:
+def unchecked(implementation: str | None = None, device: torch.device | None = None) -> SimpleNamespace:
     """The operations without their argument checks, as attributes: for inner loops whose shapes are right by construction.
 
-    They take the same arguments except `implementation`, chosen here: None picks by the device of the first argument.
+    They take the same arguments except `implementation`, chosen here: None picks for tensors on `device`, or, if that is
+    None too, at each call by the device of the first argument.
     With "triton", an operation without a Triton kernel is the reference's. A wrong argument gives whatever it gives.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
@@ -75,6 +76,8 @@ def unchecked(implementation: str | None = None) -> SimpleNamespace:
         plain, fused = getattr(reference, name), getattr(kernels, name, None)
         if fused is None or implementation == "triton":
             table[name] = fused or plain
+        elif device is not None:
+            table[name] = fused if device.type == "cuda" else plain
         else:
             table[name] = lambda x, *args, _plain=plain, _fused=fused, **options: (
                 (_fused if x.is_cuda else _plain)(x, *args, **options)

@@ -46,11 +46,15 @@ class MTPModel(nn.Module):
         """
         if implementation is not None and self.device.type != "meta":
             swiglu(torch.zeros(1, 2, device=self.device), implementation=implementation)  # says why, if it cannot
-        self.implementation, self.operations = implementation, unchecked(implementation)  # every shape follows from the config
+        self.implementation, self.operations = implementation, unchecked(implementation, self.device)  # every shape follows from the config
         for module in self.modules():
             if hasattr(module, "operations"):
                 module.operations = self.operations
         return self
+
+    def _apply(self, fn, recurse=True):  # .to(), .cuda() and their like: the device may be another
+        super()._apply(fn, recurse)
+        return self.use(self.implementation)
 
     @staticmethod
     def _frequencies(config: ModelConfig) -> Tensor:
