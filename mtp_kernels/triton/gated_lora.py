@@ -4,12 +4,13 @@ The features stand on the rows of the matrix instruction and x's rows on its col
 fill it. A launch needs the shrunk rows s = scale * x A^T before it can expand them, which gives two plans:
 
     rows          launch 1                                       launch 2
-    1 to 128      project: float32 sums of [W; A] x^T, W's tiles   finish: add the segments' sums, + B s on gate-on rows,
+    1 to 128 (a)  project: float32 sums of [W; A] x^T, W's tiles   finish: add the segments' sums, + B s on gate-on rows,
                   and A's side by side, K cut into segments       + bias, + residual, (SwiGLU), round
     more          shrink: s, by project and finish for A alone;    product: W x^T and, in the same program, + B s on
                   row tiles without a gate-on row are skipped     gate-on rows, + bias, + residual, (SwiGLU), round
 
-Without a gate one launch of `product` suffices where K is not cut. `python -m bench.kernels` counts what each plan moves.
+(a) float32: to 64; never under gradients, whose backward pass wants s. Without a gate one launch of `product` suffices where K is
+not cut. `python -m bench.kernels` counts what each plan moves.
 
 In both plans a row's base sum is, for each segment of K in order, a chain over K from zero, and the segments are added in
 order; tiles and segments along K follow from the weight's shape alone. So a row has the same bits whatever stands
@@ -57,7 +58,7 @@ def _gate(gate: int | Tensor | None, m: int) -> tuple[int, int, Tensor | None]:
     return FIRST_ROW_IN_MEMORY, 0, gate
 
 
-def _precision(dtype: torch.dtype) -> str | None:
+def _precision(dtype: torch.dtype) -> str:
     """float32 products are exact to float32: no tf32."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
