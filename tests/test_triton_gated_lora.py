@@ -123,6 +123,16 @@ def test_off_rows_touch_no_adapter():
     assert torch.equal(clean[:128], poisoned[:128]) and poisoned[128:].isnan().all()
 
 
+@pytest.mark.parametrize("rows", [9, 140])
+def test_off_rows_beside_on_rows_skip_the_adapter(rows):
+    """In one tile: nothing of the adapter is added to them, not even zero times it."""
+    case = make(rows, 64, (80,), 8, torch.float32)
+    clean = gated_lora_linear(**case, gate=rows - 4, implementation="triton")
+    case["lora_b"][:] = float("nan")
+    poisoned = gated_lora_linear(**case, gate=rows - 4, implementation="triton")
+    assert torch.equal(clean[:-4], poisoned[:-4]) and poisoned[-4:].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k, n", [(64, 70), (1100, 40), (2048, 64)])
 def test_a_row_keeps_its_bits(k, n, dtype):
