@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import mtp_kernels.triton as kernels
-from mtp_kernels import AttentionRule
+from mtp_kernels import AttentionRule, SamplerWeights
 from mtp_kernels.triton import _device
 
 TARGETS = {
@@ -78,6 +78,32 @@ def rotary_case(m: int, heads: int, head_dim: int, dtype: torch.dtype):
     return run
 
 
+def rotary_write_case(b: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype):
+    """17 rows of b sequences into a cache of 4,096 columns."""
+
+    def run():
+        cos, sin = (empty(17, b, head_dim, dtype=dtype) for _ in range(2))
+        keys, values = (empty(4096, b, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+        kernels.rotary_write(empty(17, b, heads + 2 * kv_heads, head_dim, dtype=dtype), cos, sin, keys, values, empty(b, dtype=torch.int64))
+
+    return run
+
+
+def linear_argmax_case(m: int, d: int, vocab: int, dtype: torch.dtype):
+    return lambda: kernels.linear_argmax(empty(m, d, dtype=dtype), empty(vocab, d, dtype=dtype))
+
+
+def sampler_case(b: int, d: int, vocab: int, candidates: int | None, dtype: torch.dtype):
+    """Two of k steps; the memory is never touched, but a shortlist's top is a library's, which runs."""
+
+    def run():
+        weights = SamplerWeights(*(empty(*s, dtype=dtype) for s in ((d, 2 * d), (d,), (d,), (d,), (d, d), (d,), (d,), (d,))))
+        z, embedding, lm_head = (empty(*shape, dtype=dtype) for shape in ((b, 2, d), (vocab, d), (vocab, d)))
+        kernels.sampler_draft(z, empty(b, dtype=torch.int64), embedding, weights, lm_head, candidates=candidates)
+
+    return run
+
+
 def swiglu_case(m: int, f: int, dtype: torch.dtype):
     return lambda: forward_and_backward(kernels.swiglu(empty(m, 2 * f, dtype=dtype, grad=True)))
 
@@ -125,14 +151,15 @@ def gated_lora_cases(dtype: torch.dtype):
         yield Case("gated_lora_swiglu", f"gate/up, {m} rows, rank 128, {name}", gated_swiglu_case(m, 4096, 14336, 128, m // 9, dtype))
 
 
-def attention_case(t: int, masks: int, heads: int, kv_heads: int, d: int, dtype: torch.dtype, batch: int = 1, grad: bool = False):
-    """t rows, the last of them masks in blocks of 8, on a cache of 4,096 columns."""
+def attention_case(t: int, masks: int, heads: int, kv_heads: int, d: int, dtype: torch.dtype, batch: int = 1, grad: bool = False, packed: bool = False):
+    """t rows, the last of them masks in blocks of 8, on a cache of 4,096 columns; packed: of several documents."""
 
     def run():
         q = empty(t, batch, heads + 2 * kv_heads, d, dtype=dtype, grad=grad)[:, :, :heads]  # of a fused projection's result
         k, v = (empty(batch, kv_heads, 4096, d, dtype=dtype, grad=grad) for _ in range(2))
         zeros = torch.zeros(t, dtype=torch.int64)
-        rule = AttentionRule(zeros[:, None].expand(-1, batch).contiguous(), zeros, zeros.clone(), torch.zeros(batch, dtype=torch.int64), masks, 4000, 8)
+        visible, mask_start = zeros[:, None].expand(-1, batch).contiguous(), torch.zeros(batch, dtype=torch.int64)
+        rule = AttentionRule(visible, zeros, zeros.clone(), mask_start, masks, 4000, 8, visible.clone() if packed else None)
         y = kernels.attention(q, k, v, rule)
         if grad:
             forward_and_backward(y)
@@ -149,10 +176,54 @@ def accept_case(b: int, k: int, dtype: torch.dtype, counts: bool):
     return run
 
 
+def commit_case(b: int, k: int, ends: int):
+    def run():
+        lengths, room, counts = (empty(b, dtype=torch.int64) for _ in range(3))
+        drafts, predictions = empty(b, k, dtype=torch.int64), empty(k + 1, b, dtype=torch.int64).t()
+        kernels.accept_and_commit(drafts, predictions, counts, lengths, room, empty(b, dtype=torch.bool), empty(ends, dtype=torch.int64))
+
+    return run
+
+
+def cross_entropy_case(m: int, v: int, dtype: torch.dtype, teacher: bool, grad: bool):
+    """A narrow hidden state: the library's products do run, on a CPU."""
+
+    def run():
+        hidden, head, labels = empty(m, 8, dtype=dtype, grad=grad), empty(v, 8, dtype=dtype, grad=grad), torch.zeros(m, dtype=torch.int64)
+        loss, _ = kernels.linear_cross_entropy(hidden, head, labels, teacher=empty(m, 8, dtype=dtype) if teacher else None, soft=0.5)
+        if grad:
+            forward_and_backward(loss)
+
+    return run
+
+
+def latent_consistency_case(m: int, d: int, dtype: torch.dtype):
+    def run():
+        index, weight = torch.zeros(m, dtype=torch.int64), empty(m, dtype=torch.float32)
+        forward_and_backward(kernels.latent_consistency(empty(m, d, dtype=dtype, grad=True), empty(m, d, dtype=dtype), index, weight))
+
+    return run
+
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES: list[Case] = [
     Case("accept", "4 x 8 int64, counts", accept_case(4, 8, torch.int64, True), quick=True),
+    Case("accept_and_commit", "4 x 8, 3 ends", commit_case(4, 8, 3), quick=True),
+    Case("accept_and_commit", "1 x 0, 1 end", commit_case(1, 0, 1)),
+    Case("accept_and_commit", "64 x 16, 9 ends", commit_case(64, 16, 9)),
     *(Case("accept", f"{b} x {k} {str(dtype)[6:]}", accept_case(b, k, dtype, False)) for b, k, dtype in ((1, 0, torch.int64), (100, 16, torch.int32))),
+    *(
+        Case(
+            "linear_cross_entropy", f"4 x {v} {str(dtype)[6:]}{', teacher' * teacher}{', gradients' * grad}", cross_entropy_case(4, v, dtype, teacher, grad),
+            quick=v == 128_256 and dtype is BF16 and grad,
+        )
+        for v, dtype in ((128_256, BF16), (50_257, FP16), (128_256, FP32), (77, FP32))
+        for teacher in (False, True)
+        for grad in (False, True)
+    ),
+    Case("latent_consistency", "64 x 4096 bfloat16", latent_consistency_case(64, 4096, BF16), quick=True),
+    Case("latent_consistency", "64 x 2880 float16", latent_consistency_case(64, 2880, FP16)),
+    Case("latent_consistency", "64 x 16384 float32", latent_consistency_case(64, 16384, FP32)),
     Case("rms_norm", "17 x 4096 bfloat16", norm_case(17, 4096, BF16, False)),
     Case("rms_norm", "512 x 4096 bfloat16, gradients", norm_case(512, 4096, BF16, True), quick=True),
     Case("rms_norm", "512 x 2880 float16, gradients", norm_case(512, 2880, FP16, True)),
@@ -161,6 +232,24 @@ CASES: list[Case] = [
     Case("rotary_embedding", "81 x 40 x 128 bfloat16", rotary_case(81, 40, 128, BF16), quick=True),
     *(Case("rotary_embedding", f"17 x 12 x {d} float16", rotary_case(17, 12, d, FP16)) for d in (64, 80, 96)),
     Case("rotary_embedding", "17 x 40 x 128 float32", rotary_case(17, 40, 128, FP32)),
+    *(
+        Case("rotary_write", f"{b} x {h} + {kv} heads of {d} {str(dtype)[6:]}", rotary_write_case(b, h, kv, d, dtype), quick=b == 4)
+        for b, h, kv, d, dtype in ((1, 32, 8, 128, BF16), (4, 32, 8, 128, BF16), (1, 12, 12, 80, FP16), (1, 32, 8, 128, FP32))
+    ),
+    *(
+        Case("linear_argmax", f"{m} x {d} of {vocab} {str(dtype)[6:]}", linear_argmax_case(m, d, vocab, dtype), quick=m == 9)
+        for m, d, vocab, dtype in ((1, 4096, 128_256, BF16), (9, 4096, 128_256, BF16), (81, 2048, 32_000, FP16), (9, 4096, 128_256, FP32))
+    ),
+    *(
+        Case(
+            "sampler_draft", f"{b} x {d}, {'all' if c is None else c} of {vocab} {str(dtype)[6:]}", sampler_case(b, d, vocab, c, dtype),
+            quick=b == 1 and dtype is BF16,
+        )
+        for b, d, vocab, dtype in (
+            (1, 4096, 128_256, BF16), (16, 4096, 128_256, BF16), (64, 8192, 128_256, BF16), (3, 2050, 32_001, FP16), (4, 4096, 128_256, FP32),
+        )
+        for c in (None, 64)
+    ),
     Case("swiglu", "81 x 14336 bfloat16", swiglu_case(81, 14336, BF16), quick=True),
     Case("swiglu", "17 x 1000 float16", swiglu_case(17, 1000, FP16)),
     Case("swiglu", "17 x 11008 float32", swiglu_case(17, 11008, FP32)),
@@ -181,6 +270,14 @@ CASES: list[Case] = [
         )
         for d in (64, 80, 128) for dtype in (BF16, FP32)
     ),
+    *(
+        Case(
+            "attention", f"{d} wide, 512 mask rows of packed documents {str(dtype)[6:]}, gradients",
+            attention_case(512, 512, 32, 8, d, dtype, batch=2, grad=True, packed=True),
+        )
+        for d in (64, 80, 128) for dtype in (BF16, FP32)
+    ),
+    Case("attention", "128 wide, 1024 rows of packed documents bfloat16", attention_case(1024, 0, 32, 8, 128, BF16, batch=2, packed=True)),
     Case("attention", "96 wide, 17 rows float16", attention_case(17, 8, 32, 32, 96, FP16)),
     Case("attention", "256 wide, 17 rows bfloat16", attention_case(17, 8, 8, 4, 256, BF16)),
 ]

@@ -36,6 +36,7 @@ class GatedLoRALinear(nn.Module):
 
     operations = ops
     rank, scale = 0, 1.0
+    targets: tuple[bool, ...] | None = None
     _prepared: tuple | None = None
 
     def __init__(self, in_features: int, out_features: int | Sequence[int], bias: bool = False, device=None, dtype=None):
@@ -78,13 +79,20 @@ class GatedLoRALinear(nn.Module):
             module.add_adapter(rank, alpha)
         return module.train(first.training)
 
-    def add_adapter(self, rank: int, alpha: float | None = None, dtype: torch.dtype | None = None, generator=None) -> None:
+    def add_adapter(
+        self, rank: int, alpha: float | None = None, dtype: torch.dtype | None = None, generator=None, targets: Sequence[bool] | None = None
+    ) -> None:
         """Give each projection an adapter of `rank`, scaled by `alpha / rank`; A is random, B zero (so it adds nothing).
 
-        alpha: default the rank, scale 1. dtype: default the weight's. Raises ValueError for a rank outside 1 to 512.
+        alpha: default the rank, scale 1. dtype: default the weight's. targets: which of the projections are adapted, default
+        all; the others' B is zero and stays so. Raises ValueError for a rank outside 1 to 512, and for targets that are not one
+        for each projection, or all false.
         """
         if not 1 <= rank <= ops.MAX_RANK:
             raise ValueError(f"rank is {rank}; accepted are 1 to {ops.MAX_RANK}")
+        if targets is not None and (len(targets) != len(self.splits) or not any(targets)):
+            raise ValueError(f"targets is {targets!r}; accepted is one for each of {len(self.splits)} projections, at least one of them true")
+        self.targets = None if targets is None or all(targets) else tuple(bool(target) for target in targets)
         dtype = dtype or self.weight.dtype
         bound = self.in_features**-0.5
         a = torch.empty(len(self.splits) * rank, self.in_features).uniform_(-bound, bound, generator=generator)
@@ -94,7 +102,7 @@ class GatedLoRALinear(nn.Module):
 
     def remove_adapter(self) -> None:
         self.lora_A = self.lora_B = self._prepared = None
-        self.rank, self.scale = 0, 1.0
+        self.rank, self.scale, self.targets = 0, 1.0, None
 
     def train(self, mode: bool = True) -> "GatedLoRALinear":
         self._prepared = None
@@ -107,6 +115,8 @@ class GatedLoRALinear(nn.Module):
         """(A, B, splits) in `dtype`. In evaluation without gradients they are kept, on a CPU with B block-diagonal, the
         adapters as one (the reference would put them together at each call; a fused kernel has no use for it)."""
         a, b, splits = self.lora_A, self.lora_B, self.splits
+        if self.targets is not None and torch.is_grad_enabled():  # no gradient reaches the other projections' B
+            b = torch.cat([part if target else torch.zeros_like(part) for part, target in zip(b.split(splits), self.targets, strict=True)])
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or a.is_inference():
             return a.to(dtype), b.to(dtype), splits
         key = (dtype, a._version, b._version, a.data_ptr(), b.data_ptr())
@@ -210,6 +220,8 @@ class SwiGLU(nn.Module):
 class SamplerHead(nn.Module):
     """The sampler's two blocks of Linear -> SiLU -> LayerNorm. See `ops.sampler_hidden` and `ops.sampler_draft`."""
 
+    operations = ops
+
     def __init__(self, size: int, device=None, dtype=None):
         super().__init__()
         self.linear1 = nn.Linear(2 * size, size, device=device, dtype=dtype)
@@ -223,10 +235,10 @@ class SamplerHead(nn.Module):
         return SamplerWeights(*(t if dtype is None else t.to(dtype) for t in tensors))
 
     def forward(self, previous: Tensor, z: Tensor) -> Tensor:
-        dtype = _autocast_dtype(z)
+        dtype = _autocast_dtype(z) if self.operations is ops else None
         if dtype is not None:
             previous, z = previous.to(dtype), z.to(dtype)
-        return ops.sampler_hidden(previous, z, self.weights(z.dtype))
+        return self.operations.sampler_hidden(previous, z, self.weights(z.dtype))
 
     def draft(self, z: Tensor, first: Tensor, embedding: Tensor, lm_head: Tensor, candidates: int | None = None) -> Tensor:
-        return ops.sampler_draft(z, first, embedding, self.weights(z.dtype), lm_head, candidates=candidates)
+        return self.operations.sampler_draft(z, first, embedding, self.weights(z.dtype), lm_head, candidates=candidates)

@@ -24,8 +24,8 @@ MAX_RANK = 512
 IMPLEMENTATIONS = ("reference", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 OPERATIONS = (
-    "accept", "attention", "gated_lora_linear", "gated_lora_swiglu", "linear_cross_entropy", "rms_norm", "rotary_embedding", "rotary_frequencies",
-    "rotary_tables", "sampler_draft", "sampler_hidden", "swiglu",
+    "accept", "accept_and_commit", "attention", "gated_lora_linear", "gated_lora_swiglu", "latent_consistency", "linear_argmax",
+    "linear_cross_entropy", "rms_norm", "rotary_embedding", "rotary_frequencies", "rotary_tables", "rotary_write", "sampler_draft", "sampler_hidden", "swiglu",
 )  # fmt: skip
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -217,6 +217,9 @@ def _check_rule(rule: AttentionRule, t: int, b: int, device: torch.device) -> No
     _check_shape("rule.block", rule.block, (t,), "(T,)")
     _check_shape("rule.slot", rule.slot, (t,), "(T,)")
     _check_shape("rule.mask_start", rule.mask_start, (b,), "(B,)")
+    if rule.first is not None:
+        _check_shape("rule.first", rule.first, (t, b), "(T, B)")
+        _check_integer("rule.first", rule.first, device)
     for name in ("visible", "block", "slot", "mask_start"):
         _check_integer(f"rule.{name}", getattr(rule, name), device)
     if not 0 <= rule.num_masks <= t:
@@ -230,13 +233,16 @@ def attention(
     rule: AttentionRule,
     *,
     scale: float | None = None,
+    ntp_key_gradients: bool = True,
     implementation: str | None = None,
 ) -> Tensor:
     """softmax(scale * q K^T) V over the keys that `rule` allows each row (arXiv 2507.11851, Fig. 4).
 
-    q: (T, B, H, D), NTP rows first, then the rule's masks. k, v: (B, H_kv, S, D): column i holds the NTP key of position
+    q: (T, B, H, D), NTP rows first, then the rule's masks. k, v: (B, H_kv, S, D): column i holds the key of NTP token
     i, columns `rule.mask_start[b] + j` the keys of this pass's mask rows. scale: default D ** -0.5. Returns (T, B, H, D).
     Query head h reads key head h // (H / H_kv). Softmax and sums are in float32. Every row must be allowed a key.
+    ntp_key_gradients: False: the gradients of k and v are left zero at NTP columns, for a caller whose NTP keys come from
+        a frozen pass.
 
     Differentiable in q, k, v. Raises ValueError for shapes, dtypes or devices other than these; the *values* in the rule
     are not checked.
@@ -255,7 +261,7 @@ def attention(
         rule._cache["checked"] = (t, b, q.device)
     if not 1 <= rule.num_keys <= k.shape[2]:
         raise ValueError(f"rule.num_keys is {rule.num_keys}; accepted is 1 to S = {k.shape[2]}")
-    return compute(q, k, v, rule, scale=scale)
+    return compute(q, k, v, rule, scale=scale, ntp_key_gradients=ntp_key_gradients)
 
 
 def rms_norm(
@@ -321,6 +327,40 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, implementation: str
     _check_shape("sin", sin, expected, "(..., D)")
     _check_floating("x cos sin", x, cos, sin)
     return compute(x, cos, sin)
+
+
+def rotary_write(
+    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: Tensor, *, implementation: str | None = None
+) -> Tensor:
+    """Rotate q and k of a fused projection's result (see `rotary_embedding`), write k and v into a cache *in place*, return q.
+
+    qkv: (T, B, H + 2 H_kv, D), heads of q, then k, then v. cos, sin: (T, B, D). keys, values: (S, B, H_kv, D), one layer's cache by
+    column, of unit stride along D. start: (B,) integer: row t of sequence b goes to column start[b] + t. Returns (T, B, H, D),
+    contiguous; a rotated row has the bits that `rotary_embedding` gives it.
+
+    start is read where it lies, without waiting for the device, so that its values are not checked: the caller guarantees that
+    0 <= start[b] and start[b] + T <= S. The Triton kernel leaves other columns' rows out, the reference raises IndexError.
+    Not differentiable. Raises ValueError for other shapes, dtypes, devices or strides, and for arguments that require gradients.
+    """
+    compute = _implementation(implementation, "rotary_write", qkv.device)
+    if qkv.ndim != 4 or keys.ndim != 4 or not 0 < 2 * keys.shape[2] < qkv.shape[2] or qkv.shape[3] % 2:
+        raise ValueError(
+            f"qkv has shape {_shape(qkv)} and keys {_shape(keys)}; accepted are (T, B, H + 2 H_kv, D) and (S, B, H_kv, D) with even D"
+        )
+    t, b, _, d = qkv.shape
+    _check_shape("keys", keys, (keys.shape[0], b, keys.shape[2], d), "(S, B, H_kv, D)")
+    _check_shape("values", values, tuple(keys.shape), "keys' shape")
+    _check_shape("cos", cos, (t, b, d), "(T, B, D)")
+    _check_shape("sin", sin, (t, b, d), "(T, B, D)")
+    _check_shape("start", start, (b,), "(B,)")
+    _check_floating("qkv cos sin keys values", qkv, cos, sin, keys, values)
+    _check_integer("start", start, qkv.device)
+    for name, tensor in (("keys", keys), ("values", values)):
+        if tensor.stride(3) != 1:
+            raise ValueError(f"{name} has stride {tensor.stride(3)} along D; accepted is 1")
+    if torch.is_grad_enabled() and (qkv.requires_grad or keys.requires_grad or values.requires_grad):
+        raise ValueError("qkv, keys or values requires gradients; accepted are tensors that do not, or any under torch.no_grad()")
+    return compute(qkv, cos, sin, keys, values, start)
 
 
 def swiglu(x: Tensor, *, implementation: str | None = None) -> Tensor:
@@ -401,15 +441,24 @@ def linear_cross_entropy(
     lm_head: Tensor,
     labels: Tensor,
     *,
+    teacher: Tensor | None = None,
+    soft: float = 1.0,
     ignore_index: int = -100,
     chunk: int = 2048,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy of softmax(hidden W_lm^T) against labels, `chunk` rows of logits alive at a time.
+    """Cross entropy -sum_v q_v log p_v of p = softmax(hidden W_lm^T), `chunk` rows of logits alive at a time, in the backward too.
 
-    hidden: (..., d). lm_head: (V, d). labels: (...) int64, `ignore_index` where a row has none. Returns (loss, guess):
-    loss (...) float32 per row, 0 where ignored; guess (...) int64, the most likely token (lowest id on a tie).
-    Differentiable in hidden and lm_head. Raises ValueError for other shapes, dtypes, devices or a chunk below 1.
+    q is onehot(label); or, given a teacher, (1 - soft) * onehot(label) + soft * softmax(teacher W_lm^T): distillation (Hinton et
+    al. 2015, arXiv 1503.02531) from the frozen model, whose states come free from the pass that fills the cache.
+
+    hidden: (..., d). lm_head: (V, d). teacher: hidden's shape, constant. soft: 0 to 1.
+    labels: (...) int64, `ignore_index` where a row has none (loss and gradient are 0), else 0 to V - 1; *values* are not checked.
+    Returns (loss, guess): loss (...) float32 per row; guess (...) int64, the most likely token (lowest id on a tie).
+
+    Differentiable, once, in hidden and lm_head. The forward of a hidden that requires a gradient also makes its rows' gradients, in
+    hidden's dtype, so that the backward makes no logits; a gradient of lm_head makes them again. Raises ValueError for other
+    shapes, dtypes, devices, a soft outside 0 to 1 or a chunk below 1.
     """
     compute = _implementation(implementation, "linear_cross_entropy", hidden.device)
     if lm_head.ndim != 2 or hidden.shape[-1:] != lm_head.shape[1:]:
@@ -417,10 +466,46 @@ def linear_cross_entropy(
     _check_shape("labels", labels, tuple(hidden.shape[:-1]), "hidden's leading shape")
     if labels.dtype != torch.int64 or labels.device != hidden.device:
         raise ValueError(f"labels are {labels.dtype} on {labels.device}; accepted is torch.int64 on {hidden.device}")
-    _check_floating("hidden lm_head", hidden, lm_head)
+    _check_floating("hidden lm_head teacher", hidden, lm_head, teacher)
+    if teacher is not None:
+        _check_shape("teacher", teacher, _shape(hidden), "hidden's shape")
+    if not 0 <= soft <= 1:
+        raise ValueError(f"soft is {soft}; accepted is 0 to 1")
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; accepted is 1 or more")
-    return compute(hidden, lm_head, labels, ignore_index=ignore_index, chunk=chunk)
+    return compute(hidden, lm_head, labels, teacher=teacher, soft=soft, ignore_index=ignore_index, chunk=chunk)
+
+
+def latent_consistency(z: Tensor, target: Tensor, index: Tensor, weight: Tensor, *, implementation: str | None = None) -> Tensor:
+    """sum_m weight_m * mean over d of (z_m - target_{index_m})^2: masks' states drawn to those of ordinary rows (arXiv 2507.11851, section 2.5).
+
+    z: (M, d), d at least 1. target: (N, d), constant. index: (M,) int64, 0 to N - 1; its *values* are not checked.
+    weight: (M,) float32, constant; where it is 0, z may be any finite number. Returns one float32 number.
+    Differentiable, in z alone. Raises ValueError for other shapes, dtypes or devices.
+    """
+    compute = _implementation(implementation, "latent_consistency", z.device)
+    if z.ndim != 2 or target.ndim != 2 or not z.shape[1] or z.shape[1] != target.shape[1]:
+        raise ValueError(f"z has shape {_shape(z)} and target {_shape(target)}; accepted are (M, d) and (N, d) with d of 1 or more")
+    _check_floating("z target", z, target)
+    for name, tensor, dtype in (("index", index, torch.int64), ("weight", weight, torch.float32)):
+        _check_shape(name, tensor, (z.shape[0],), "(M,)")
+        if tensor.dtype != dtype or tensor.device != z.device:
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; accepted is {dtype} on {z.device}")
+    return compute(z, target, index, weight)
+
+
+def linear_argmax(hidden: Tensor, weight: Tensor, *, implementation: str | None = None) -> Tensor:
+    """argmax over v of (hidden W^T)_v, the lowest id on a tie: greedy tokens.
+
+    hidden: (..., d). weight: (V, d). Returns (...) int64. The logits compared are those of `gated_lora_linear` without an adapter, in
+    their dtype, so a row's id does not depend on the rows beside it. A row with a NaN among its logits gets some id from 0 to V - 1.
+    Not differentiable. Raises ValueError for other shapes, dtypes or devices, and for an empty vocabulary.
+    """
+    compute = _implementation(implementation, "linear_argmax", hidden.device)
+    if weight.ndim != 2 or not weight.shape[0] or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden has shape {_shape(hidden)} and weight {_shape(weight)}; accepted are (..., d) and (V, d) with V from 1")
+    _check_floating("hidden weight", hidden, weight)
+    return compute(hidden, weight)
 
 
 def accept(
@@ -444,3 +529,40 @@ def accept(
         _check_shape("counts", counts, (b,), "(B,)")
         _check_integer("counts", counts, drafts.device)
     return compute(drafts, predictions, counts)
+
+
+def accept_and_commit(
+    drafts: Tensor,
+    predictions: Tensor,
+    counts: Tensor,
+    lengths: Tensor,
+    room: Tensor,
+    finished: Tensor,
+    eos: Tensor,
+    *,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`accept`, and what follows for the state of each sequence, *in place* and without the host: one launch for the batch.
+
+    A sequence writes y_0..y_a, cut behind the first of them that is in eos and at `room` tokens; a finished one writes nothing.
+    room -= what it wrote. finished becomes true with an end-of-text, or without room. lengths += a + 1 if it is not finished.
+
+    drafts, predictions, counts: see `accept`, int64. lengths, room: (B,) int64, committed tokens in the cache, and how many
+    may still be written (1 or more, 0 for a finished sequence). finished: (B,) bool. eos: (E,) int64, E may be 0.
+    Returns (a, next, written), (B,) int64 each, a and next as `accept` has them. Raises ValueError for other shapes or dtypes.
+    """
+    compute = _implementation(implementation, "accept_and_commit", drafts.device)
+    if drafts.ndim != 2:
+        raise ValueError(f"drafts has shape {_shape(drafts)}; accepted is (B, k)")
+    b, k = drafts.shape
+    _check_shape("predictions", predictions, (b, k + 1), "(B, k + 1)")
+    if eos.ndim != 1:
+        raise ValueError(f"eos has shape {_shape(eos)}; accepted is (E,)")
+    each = {"counts": counts, "lengths": lengths, "room": room, "finished": finished}
+    for name, tensor in each.items():
+        _check_shape(name, tensor, (b,), "(B,)")
+    for name, tensor in (each | {"drafts": drafts, "predictions": predictions, "eos": eos}).items():
+        dtype = torch.bool if name == "finished" else torch.int64
+        if tensor.dtype != dtype or tensor.device != drafts.device:
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; accepted is {dtype} on {drafts.device}")
+    return compute(drafts, predictions, counts, lengths, room, finished, eos)

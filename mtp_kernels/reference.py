@@ -12,16 +12,18 @@ by tests; on another CPU library results may differ in the last bit.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from mtp_kernels.types import AttentionRule, SamplerWeights
 
 KEY_CHUNK = 256
 MIN_ROWS = 8
+ROW_TILE = 128
 
 
 def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -119,6 +121,16 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos.unsqueeze(-2), x.roll(x.shape[-1] // 2, -1), sin.unsqueeze(-2))
 
 
+def rotary_write(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: Tensor) -> Tensor:
+    t, b, heads, _ = qkv.shape
+    kv_heads = keys.shape[2]
+    qk, v = qkv.split([heads - kv_heads, kv_heads], dim=2)
+    q, k = rotary_embedding(qk, cos, sin).split([heads - 2 * kv_heads, kv_heads], dim=2)
+    at = start.long() + torch.arange(t, device=qkv.device).unsqueeze(1), torch.arange(b, device=qkv.device)  # (T, B), (B,)
+    keys[at], values[at] = k, v
+    return q.contiguous()
+
+
 def swiglu(x: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     return F.silu(x[..., :half]) * x[..., half:]
@@ -135,9 +147,11 @@ def allowed_keys(rule: AttentionRule, num_columns: int | None = None) -> Tensor:
     """
     columns = torch.arange(num_columns or rule.num_keys, device=rule.visible.device)
     allowed = columns < rule.visible.t().unsqueeze(-1)
+    if rule.first is not None:
+        allowed = allowed & (columns >= rule.first.t().unsqueeze(-1))
     if rule.num_masks:
-        first = rule.visible.shape[0] - rule.num_masks
-        own = (rule.block.unsqueeze(1) == rule.block[first:]) & (rule.slot[first:] <= rule.slot.unsqueeze(1))
+        start = rule.visible.shape[0] - rule.num_masks
+        own = (rule.block.unsqueeze(1) == rule.block[start:]) & (rule.slot[start:] <= rule.slot.unsqueeze(1))
         index = columns - rule.mask_start.unsqueeze(1)  # (B, num_columns): which mask a column holds
         inside = (index >= 0) & (index < rule.num_masks)
         picked = own[:, index.clamp(0, rule.num_masks - 1)]  # (T, B, num_columns)
@@ -145,14 +159,47 @@ def allowed_keys(rule: AttentionRule, num_columns: int | None = None) -> Tensor:
     return allowed
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, *, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, *, scale: float | None = None, ntp_key_gradients: bool = True
+) -> Tensor:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.dtype != torch.float32:
         return attention(q.float(), k[:, :, : rule.num_keys].float(), v[:, :, : rule.num_keys].float(), rule,
-                         scale=scale).to(q.dtype)  # fmt: skip
+                         scale=scale, ntp_key_gradients=ntp_key_gradients).to(q.dtype)  # fmt: skip
     if q.shape[0] == rule.num_masks > 0 and rule.block_size and not rule.num_masks % rule.block_size:
-        return _block_attention(q, k, v, rule, scale)
+        if bool((rule.mask_start == rule.mask_start[0]).all()):
+            return _block_attention(q, k, v, rule, scale, ntp_key_gradients)
+    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if differentiable and not ntp_key_gradients:
+        k, v = (_detached_but_masks(x, rule) for x in (k, v))
+    if not differentiable and q.shape[0] - rule.num_masks > ROW_TILE:
+        return _tiled_attention(q, k, v, rule, scale)
     return _dense_attention(q, k, v, rule, scale)
+
+
+def _detached_but_masks(x: Tensor, rule: AttentionRule) -> Tensor:
+    """K or V, through which a gradient reaches the columns of the pass's mask keys and no others."""
+    index = torch.arange(x.shape[2], device=x.device) - rule.mask_start.unsqueeze(1)
+    masks = (index >= 0) & (index < rule.num_masks)
+    return torch.where(masks[:, None, :, None], x, x.detach())
+
+
+def _tiled_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale: float) -> Tensor:
+    """A long pass, ROW_TILE NTP rows at a time (masks with the last) over the pieces of keys that they see: the same bits."""
+    ntp = q.shape[0] - rule.num_masks
+    parts = []
+    for start in range(0, ntp, ROW_TILE):
+        last = start + ROW_TILE >= ntp
+        rows = slice(start, None if last else start + ROW_TILE)
+        visible, first = rule.visible[rows], None if rule.first is None else rule.first[rows]
+        before = 0 if first is None else min(max(int(first.min()), 0), rule.num_keys - 1) // KEY_CHUNK * KEY_CHUNK
+        end = rule.num_keys if last else min(max(int(visible.max()), before + 1), rule.num_keys)
+        tile = AttentionRule(
+            visible - before, rule.block[rows], rule.slot[rows], rule.mask_start - before,
+            rule.num_masks if last else 0, end - before, first=None if first is None else first - before,
+        )  # fmt: skip
+        parts.append(_dense_attention(q[rows], k[:, :, before:], v[:, :, before:], tile, scale))
+    return torch.cat(parts)
 
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale: float) -> Tensor:
@@ -189,24 +236,24 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale
     return out.permute(3, 0, 1, 2, 4).reshape(t, b, h, d)
 
 
-def _block_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale: float) -> Tensor:
-    """Mask rows alone, in whole blocks: scores against the NTP keys and the own block's k keys, never other blocks'."""
+def _block_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale: float, ntp_key_gradients: bool) -> Tensor:
+    """Mask rows alone, in whole blocks, behind equally many NTP keys: scores against those and the own block's k keys."""
     t, b, h, d = q.shape
     size, kv_heads = rule.block_size, k.shape[1]
     blocks, groups = t // size, h // k.shape[1]
     start = int(rule.mask_start[0])
-    if not bool((rule.mask_start == start).all()):
-        return _dense_attention(q, k, v, rule, scale)
     key = ("blocks", groups, kv_heads)
     if key not in rule._cache:
-        past = torch.arange(start, device=q.device) < rule.visible.t().unsqueeze(-1)  # (B, T, start)
+        past = allowed_keys(replace(rule, num_masks=0), start)  # (B, T, start)
         past = past.view(b, blocks, 1, size, start).expand(-1, -1, groups, -1, -1).reshape(b, blocks * groups * size, start)
         own = torch.ones(size, size, dtype=torch.bool, device=q.device).tril().repeat(groups, 1)
         rule._cache[key] = _additive(past).repeat_interleave(kv_heads, dim=0), _additive(own)
     past_bias, own_bias = rule._cache[key]
     packed = q.view(blocks, size, b, kv_heads, groups, d).permute(2, 3, 0, 4, 1, 5)  # (B, H_kv, blocks, groups, k, D)
     rows = packed.reshape(b * kv_heads, blocks * groups * size, d)
-    past_keys, past_values = (x[:, :, :start].reshape(b * kv_heads, start, d) for x in (k, v))
+    past_keys, past_values = (
+        (x if ntp_key_gradients else x.detach())[:, :, :start].reshape(b * kv_heads, start, d) for x in (k, v)
+    )
     own_keys, own_values = (x[:, :, start : start + t].reshape(b * kv_heads * blocks, size, d) for x in (k, v))
     past_scores = torch.baddbmm(past_bias, rows, past_keys.transpose(1, 2), alpha=scale)
     own_scores = torch.baddbmm(own_bias, rows.reshape(-1, groups * size, d), own_keys.transpose(1, 2), alpha=scale)
@@ -249,24 +296,102 @@ def sampler_draft(
     return torch.stack(drafts, dim=1)
 
 
-def linear_cross_entropy(
-    hidden: Tensor, lm_head: Tensor, labels: Tensor, *, ignore_index: int = -100, chunk: int = 2048
-) -> tuple[Tensor, Tensor]:
-    def piece(h: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        logits = F.linear(h, w).float()
-        return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none"), logits.argmax(-1)
+def _row_losses(
+    hidden: Tensor, lm_head: Tensor, labels: Tensor, teacher: Tensor | None, soft: float, ignore_index: int, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(loss, guess, gradients of the losses with respect to the logits, if asked for) of one chunk of rows."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    soft = 0.0 if teacher is None else soft
+    ignored = labels == ignore_index
+    label = labels.masked_fill(ignored, 0).unsqueeze(1)
+    logits = F.linear(hidden, lm_head).to(wide)
+    guess = logits.argmax(-1, keepdim=True)
+    logits -= logits.gather(1, guess)
+    p = logits.softmax(-1)
+    loss = -p.gather(1, guess).log().squeeze(1)  # log sum exp: the largest probability is 1 / V or more, so its logarithm is safe
+    if soft < 1:
+        loss -= (1 - soft) * logits.gather(1, label).squeeze(1)
+    if soft:
+        q = F.linear(teacher, lm_head).to(wide).softmax(-1)
+        loss -= soft * torch.bmm(q.unsqueeze(1), logits.unsqueeze(2)).flatten()
+    loss, guess = loss.masked_fill_(ignored, 0), guess.squeeze(1)
+    if not gradient:
+        return loss, guess, None
+    if soft:
+        p.sub_(q, alpha=soft)
+    p.scatter_add_(1, label, p.new_full((1, 1), soft - 1).expand_as(label))
+    return loss, guess, p.masked_fill_(ignored.unsqueeze(1), 0).to(hidden.dtype)
 
-    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    recompute = torch.is_grad_enabled() and (hidden.requires_grad or lm_head.requires_grad)
-    losses, guesses = [], []
-    for h, target in zip(rows.split(chunk), targets.split(chunk), strict=True):
-        if recompute:  # the chunk's logits are made again in the backward pass
-            loss, guess = checkpoint(piece, h, lm_head, target, use_reentrant=False, preserve_rng_state=False)
-        else:
-            loss, guess = piece(h, lm_head, target)
-        losses.append(loss)
-        guesses.append(guess)
-    return torch.cat(losses).view(labels.shape), torch.cat(guesses).view(labels.shape)
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """hidden (M, d), labels (M,). A row's loss depends on that row alone, so that its gradient, but for a factor, is known in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, lm_head: Tensor, labels: Tensor, teacher: Tensor | None, soft: float, ignore_index: int, chunk: int, gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        losses, guesses, rows = [], [], []
+        for h, label, t in _chunks(hidden, labels, teacher, chunk):
+            loss, guess, dlogits = _row_losses(h, lm_head, label, t, soft, ignore_index, gradient)
+            losses.append(loss)
+            guesses.append(guess)
+            rows += [dlogits @ lm_head] if gradient else []
+            del dlogits  # before the next chunk's
+        loss, guess = torch.cat(losses), torch.cat(guesses)
+        ctx.mark_non_differentiable(guess)
+        ctx.options = soft, ignore_index, chunk
+        again = (hidden, lm_head, labels, teacher) if ctx.needs_input_grad[1] else (None,) * 4
+        ctx.save_for_backward(torch.cat(rows) if gradient else None, *again)
+        return loss, guess
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss: Tensor, _):
+        dhidden, hidden, lm_head, labels, teacher = ctx.saved_tensors
+        dhead, (soft, ignore_index, chunk) = None, ctx.options
+        if dhidden is not None:
+            dhidden = (dhidden * dloss.unsqueeze(1)).to(dhidden.dtype)
+        if ctx.needs_input_grad[1]:
+            dhead = torch.zeros_like(lm_head, dtype=dloss.dtype)
+            for (h, label, t), g in zip(_chunks(hidden, labels, teacher, chunk), dloss.split(chunk), strict=True):
+                dlogits = _row_losses(h, lm_head, label, t, soft, ignore_index, True)[2]
+                dhead += dlogits.t() @ (h * g.unsqueeze(1)).to(h.dtype)
+                del dlogits
+            dhead = dhead.to(lm_head.dtype)
+        return dhidden, dhead, *(None,) * 6
+
+
+def _chunks(hidden: Tensor, labels: Tensor, teacher: Tensor | None, chunk: int):
+    pieces = hidden.split(chunk)
+    return zip(pieces, labels.split(chunk), [None] * len(pieces) if teacher is None else teacher.split(chunk), strict=True)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    lm_head: Tensor,
+    labels: Tensor,
+    *,
+    teacher: Tensor | None = None,
+    soft: float = 1.0,
+    ignore_index: int = -100,
+    chunk: int = 2048,
+) -> tuple[Tensor, Tensor]:
+    d = hidden.shape[-1]
+    teacher = teacher.detach().reshape(-1, d) if teacher is not None and soft else None
+    gradient = torch.is_grad_enabled() and hidden.requires_grad
+    loss, guess = _LinearCrossEntropy.apply(hidden.reshape(-1, d), lm_head, labels.reshape(-1), teacher, soft, ignore_index, chunk, gradient)
+    return loss.view(labels.shape), guess.view(labels.shape)
+
+
+def latent_consistency(z: Tensor, target: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    wide, weight = torch.promote_types(z.dtype, torch.float32), weight.detach()
+    difference = z.to(wide) - target.detach()[index].to(wide)
+    difference = difference.masked_fill((weight == 0).unsqueeze(1), 0)  # whose square may be infinite
+    return (difference.pow(2).mean(-1) * weight).sum()
+
+
+def linear_argmax(hidden: Tensor, weight: Tensor) -> Tensor:
+    return gated_lora_linear(hidden, weight).argmax(-1)
 
 
 def accept(drafts: Tensor, predictions: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -275,3 +400,17 @@ def accept(drafts: Tensor, predictions: Tensor, counts: Tensor | None = None) ->
         matches = matches & (torch.arange(drafts.shape[1], device=drafts.device) < counts.unsqueeze(1))
     accepted = matches.to(torch.int64).cumprod(1).sum(1)
     return accepted, predictions.gather(1, accepted.unsqueeze(1)).squeeze(1)
+
+
+def accept_and_commit(
+    drafts: Tensor, predictions: Tensor, counts: Tensor, lengths: Tensor, room: Tensor, finished: Tensor, eos: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    accepted, following = accept(drafts, predictions, counts)
+    index = torch.arange(predictions.shape[1], device=predictions.device)
+    ends = torch.isin(predictions, eos) & (index <= accepted.unsqueeze(1))
+    end = torch.where(ends, index, predictions.shape[1]).amin(1)  # the first end-of-text, if any
+    written = torch.minimum(torch.minimum(accepted, end) + 1, room).masked_fill(finished, 0)
+    room.sub_(written)
+    finished.logical_or_((end < written) | (room == 0))
+    lengths.add_((accepted + 1).masked_fill(finished, 0))
+    return accepted, following, written

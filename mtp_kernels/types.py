@@ -24,13 +24,13 @@ class SamplerWeights(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AttentionRule:
-    """Which keys each row of a pass attends (arXiv 2507.11851, Fig. 4), as three integers per row.
+    """Which keys each row of a pass attends (arXiv 2507.11851, Fig. 4), as four integers per row.
 
     A pass has T rows for each of B sequences, NTP rows first, then `num_masks` mask rows. Keys are addressed by column:
-    column i < visible is the NTP key of position i; columns `mask_start[b] + j`, j < num_masks, are the keys of the
+    column i < mask_start[b] is the key of NTP token i; columns `mask_start[b] + j`, j < num_masks, are the keys of the
     pass's own mask rows. Row t of sequence b attends
 
-        column i                    if  i < visible[t, b]
+        column i                    if  first[t, b] <= i < visible[t, b]
         column mask_start[b] + j    if  block[m] == block[t] and slot[m] <= slot[t],  m = T - num_masks + j
 
     visible: (T, B) integer, at least 1 for an NTP row and at most `mask_start[b]`.
@@ -41,6 +41,19 @@ class AttentionRule:
     num_keys: columns to look at; every column a row may attend is below it.
     block_size: k when the mask rows are whole blocks in order (slots 1..k, 1..k, ...), as every layout's are; 0 if not
         known. An implementation may use it to skip other blocks' keys; it never changes what a row attends.
+    first: (T, B) integer, below `visible` for an NTP row; None: 0 for every row.
+
+    `first` is for documents packed one behind the other into a sequence, none of which sees another: it is the column of
+    the document's first token. Documents a0 a1 and b0 b1 b2, and a block of one mask after a1 and after b1:
+
+        row    first  visible | a0 a1 b0 b1 b2 | m of a1 | m of b1
+        a0       0       1    | 0              |         |
+        a1       0       2    | 0  0           |         |
+        b0       2       3    |       0        |         |
+        b1       2       4    |       0  0     |         |
+        b2       2       5    |       0  0  0  |         |
+        a1:m1    0       2    | 0  0           | 0       |
+        b1:m1    2       4    |       0  0     |         | 0
     """
 
     visible: Tensor
@@ -50,4 +63,5 @@ class AttentionRule:
     num_masks: int
     num_keys: int
     block_size: int = 0
+    first: Tensor | None = None
     _cache: dict = field(default_factory=dict, init=False, repr=False)

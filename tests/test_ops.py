@@ -1,5 +1,6 @@
 """Every operation against its formula in double precision."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -16,15 +18,20 @@ from mtp_kernels import (
     accept,
     attention,
     gated_lora_linear,
+    latent_consistency,
+    linear_argmax,
     linear_cross_entropy,
+    reference,
     rms_norm,
     rotary_embedding,
     rotary_frequencies,
     rotary_tables,
+    rotary_write,
     sampler_draft,
     sampler_hidden,
     swiglu,
 )
+from mtp_kernels.reference import allowed_keys
 from mtp_kernels.testing import assert_within_budget
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -211,6 +218,109 @@ def test_mask_rows_alone(heads, kv_heads, starts, blocks, k):
         torch.testing.assert_close(dense.double(), exact, rtol=1e-4, atol=1e-5)
 
 
+def test_first_keeps_packed_documents_apart():
+    """The example of AttentionRule's docstring."""
+    table = AttentionRule.__doc__.split("row    first")[1].splitlines()[1:8]
+    first, visible, drawn = [], [], []
+    for line in table:
+        numbers, *fields = line.split("|")
+        name, *pair = numbers.split()
+        first.append(int(pair[0]))
+        visible.append(int(pair[1]))
+        shown = [fields[0][1 + 3 * i] == "0" for i in range(5)] + ["0" in field for field in fields[1:]]
+        drawn.append(shown)
+    column = torch.tensor([first, visible]).unsqueeze(-1)
+    block, slot = torch.tensor([-1] * 5 + [0, 1]), torch.tensor([0] * 5 + [1, 1])
+    rule = AttentionRule(column[1], block, slot, torch.tensor([5]), 2, 7, first=column[0])
+    assert allowed_keys(rule)[0].tolist() == drawn
+
+
+def with_first(rule, seed=0):
+    """The rule with a random `first` for each row, no later than its own token."""
+    generator = torch.Generator().manual_seed(seed)
+    return dataclasses.replace(rule, first=(torch.rand(rule.visible.shape, generator=generator) * rule.visible).long())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 5), st.integers(0, 3), st.integers(1, 3), st.lists(st.integers(0, 6), min_size=1, max_size=3), st.integers(0, 99)
+)  # fmt: skip
+def test_allowed_keys_with_first(t_ntp, blocks, k, starts, seed):
+    rule = random_rule(t_ntp, blocks, k, [s + 1 for s in starts], seed=seed)
+    rule = with_first(rule, seed)
+    allowed, start = allowed_keys(rule), rule.visible.shape[0] - rule.num_masks
+    for b, t, column in itertools.product(*map(range, allowed.shape)):
+        j = column - int(rule.mask_start[b])
+        mask = 0 <= j < rule.num_masks and rule.block[start + j] == rule.block[t] and rule.slot[start + j] <= rule.slot[t]
+        assert bool(allowed[b, t, column]) == bool(rule.first[t, b] <= column < rule.visible[t, b] or mask)
+
+
+def values_and_gradients(tensors, rule, **options):
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    y = attention(*leaves, rule, **options)
+    return y, *torch.autograd.grad(y, leaves, randn(*y.shape, seed=3))
+
+
+@pytest.mark.parametrize("kind", ["whole", "masks", "masks, dense"])
+def test_packed_documents_are_the_documents_alone(kind):
+    """Three documents in each of two sequences; the reference in both its forms, gradients included."""
+    lengths, k, size = (4, 1, 5), 2, 0 if kind == "masks, dense" else 2
+    first = torch.tensor([[0] * 4 + [4] + [5] * 5] * 2).t()
+    tokens = torch.arange(10).unsqueeze(1).expand(-1, 2)
+    after = torch.tensor([[1, 3], [4, 4], [7, 5], [9, 9]]).repeat_interleave(k, 0)
+    ntp = 10 if kind == "whole" else 0
+    block = torch.cat([torch.full((10,), -1), torch.arange(4).repeat_interleave(k)])[10 - ntp :]
+    slot = torch.cat([torch.zeros(10, dtype=torch.int64), torch.tensor([1, 2] * 4)])[10 - ntp :]
+    visible = torch.cat([tokens, after])[10 - ntp :] + 1
+    mask_start = torch.tensor([10, 10])
+    rule = AttentionRule(visible, block, slot, mask_start, 8, 18, size, first=torch.cat([first, first.gather(0, after)])[10 - ntp :])
+    tensors = qkv(8 + ntp, 2, 4, 2, 16, 18)
+    whole = values_and_gradients(tensors, rule)
+    start = 0
+    for n in lengths:
+        own = [t for t in range(8 + ntp) if int(rule.first[t, 0]) == start]
+        masks = [t - ntp for t in own if t >= ntp]
+        columns = [*range(start, start + n), *(10 + j for j in masks)]
+        alone = AttentionRule(visible[own] - start, block[own], slot[own], mask_start * 0 + n, len(masks), n + len(masks), size)
+        q, keys, v = tensors[0][own], tensors[1][:, :, columns], tensors[2][:, :, columns]
+        upstream = randn(*whole[0].shape, seed=3)[own]
+        leaves = [x.detach().requires_grad_() for x in (q, keys, v)]
+        y = attention(*leaves, alone)
+        together = (whole[0][own], whole[1][own], whole[2][:, :, columns], whole[3][:, :, columns])
+        for x, single in zip(together, (y, *torch.autograd.grad(y, leaves, upstream)), strict=True):
+            torch.testing.assert_close(x, single, rtol=1e-5, atol=1e-6)
+        start += n
+
+
+@pytest.mark.parametrize("starts, t_ntp, size", [([9, 9], 0, 2), ([9, 9], 0, 0), ([9, 4], 0, 2), ([3, 1], 4, 0)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_without_the_ntp_keys_gradients(starts, t_ntp, size, packed):
+    rule = random_rule(t_ntp, 3, 2, starts, block_size=size)
+    if not t_ntp:
+        rule.visible.sub_(1)
+    rule = with_first(rule) if packed else rule
+    tensors = qkv(t_ntp + 6, 2, 4, 2, 16, rule.num_keys)
+    whole, part = (values_and_gradients(tensors, rule, ntp_key_gradients=wanted) for wanted in (True, False))
+    masks = torch.arange(tensors[1].shape[2]) - rule.mask_start.unsqueeze(1)
+    masks = ((masks >= 0) & (masks < 6))[:, None, :, None]
+    assert torch.equal(part[0], whole[0]) and torch.equal(part[1], whole[1])
+    assert all(torch.equal(a, torch.where(masks, b, 0)) and b[~masks.expand_as(b)].any() for a, b in zip(part[2:], whole[2:], strict=True))
+
+
+@pytest.mark.parametrize("packed, masks", [(False, 0), (True, 0), (False, 3), (True, 3)])
+@torch.no_grad()
+def test_a_long_pass_in_tiles_has_the_same_bits(packed, masks, monkeypatch):
+    rule = random_rule(600, 1, masks, [0, 0]) if masks else random_rule(600, 0, 1, [0, 0])
+    if packed:
+        first = torch.tensor([0] * 70 + [70] * 300 + [370] * 230)
+        rule = dataclasses.replace(rule, first=first[rule.visible - 1])
+    q, keys, v = qkv(600 + masks, 2, 4, 2, 16, rule.num_keys)
+    tiled = attention(q, keys, v, rule)
+    seen = []
+    monkeypatch.setattr(reference, "_tiled_attention", lambda *args: seen.append(1) or reference._dense_attention(*args))
+    assert torch.equal(attention(q, keys, v, rule), tiled) and seen
+
+
 def test_attention_gradients_of_a_whole_pass():
     rule = random_rule(4, 2, 2, [3, 1])
     tensors = qkv(8, 2, 4, 2, 16, rule.num_keys)
@@ -296,6 +406,38 @@ def test_rotary_embedding(leading, dtype):
     (gradient,) = torch.autograd.grad(rotary_embedding(leaf, cos, sin), leaf, upstream)
     inverse = formula(upstream, cos, -sin)  # the transposed rotation
     assert_within_budget(gradient, formula(upstream.double(), cos.double(), -sin.double()), inverse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("t, heads, kv_heads, start", [(1, 1, 1, [0]), (3, 4, 2, [4, 0]), (2, 3, 3, [5, 1, 6]), (0, 2, 1, [3])])
+def test_rotary_write(t, heads, kv_heads, start, dtype):
+    b = len(start)
+    qkv, keys, values = randn(t, b, heads + 2 * kv_heads, 8, dtype=dtype), randn(8, b, kv_heads, 8, dtype=dtype), randn(8, b, kv_heads, 8, dtype=dtype)
+    cos, sin = (randn(t, b, 8, seed=seed, dtype=dtype) for seed in (1, 2))
+    wanted_keys, wanted_values, q = keys.clone(), values.clone(), []
+    for i in range(t):
+        for j in range(b):
+            rotated = rotary_embedding(qkv[i, j], cos[i, j], sin[i, j])
+            q.append(rotated[:heads])
+            wanted_keys[start[j] + i, j] = rotated[heads : heads + kv_heads]
+            wanted_values[start[j] + i, j] = qkv[i, j, heads + kv_heads :]
+    for integer in (torch.int32, torch.int64):
+        into = keys.clone(), values.clone()
+        got = rotary_write(qkv, cos, sin, *into, torch.tensor(start, dtype=integer))
+        assert torch.equal(into[0], wanted_keys) and torch.equal(into[1], wanted_values)
+        assert got.is_contiguous() and torch.equal(got, torch.stack(q).view(got.shape) if q else got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("leading", [(), (1,), (4, 3), (0,)])
+def test_linear_argmax(leading, dtype):
+    hidden, weight = randn(*leading, 16, dtype=dtype), randn(30, 16, seed=1, dtype=dtype)
+    got = linear_argmax(hidden, torch.cat([weight, weight]))  # each logit twice
+    rows = hidden.view(-1, 16)
+    logits = gated_lora_linear(rows, weight)
+    assert got.shape == leading and got.dtype == torch.int64
+    assert got.view(-1).tolist() == [row.index(max(row)) for row in logits.tolist()]
+    assert [int(linear_argmax(row, weight)) for row in rows] == got.view(-1).tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -468,6 +610,94 @@ def test_linear_cross_entropy_in_half_precision(dtype):
     eager = F.cross_entropy((hidden @ head.T).float(), labels, reduction="none")
     loss, _ = linear_cross_entropy(hidden, head, labels, chunk=4)
     assert_within_budget(loss, exact, eager)
+
+
+def naive_losses(hidden, head, labels, teacher, soft):
+    """Row by row, from the definition; PyTorch's own gradients."""
+    losses = []
+    for i, label in enumerate(labels.tolist()):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        target = soft * (head.detach() @ teacher[i]).to(wide).softmax(-1)
+        target[max(label, 0)] += 1 - soft
+        losses.append(-(target * (head @ hidden[i]).to(wide).log_softmax(-1)).sum() * (label != -100))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("soft", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("v, chunk", [(1, 2), (40, 2), (40, 100)])
+def test_linear_cross_entropy_with_soft_targets(v, chunk, soft, dtype):
+    hidden, teacher, head = randn(5, 12, dtype=dtype), randn(5, 12, seed=1, dtype=dtype), randn(v, 12, seed=2, dtype=dtype)
+    labels, dloss, results = torch.arange(5) % v, randn(5, seed=3), []
+    labels[1] = -100
+    for function, wide in ((linear_cross_entropy, dtype), (naive_losses, torch.float64), (naive_losses, dtype)):
+        leaves = [x.to(wide).requires_grad_() for x in (hidden, head)]
+        options = dict(teacher=teacher.to(wide), soft=soft) | (dict(chunk=chunk) if function is linear_cross_entropy else {})
+        loss = function(*leaves, labels, **options)
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves, dloss.to(loss.dtype))])
+    for got, exact, eager in zip(*results, strict=True):
+        assert_within_budget(got, exact, eager)
+    assert results[0][0][1] == 0 and not results[0][1][1].any()
+
+
+@pytest.mark.parametrize("soft", [None, 0.0, 0.3, 1.0])
+def test_linear_cross_entropy_gradients_by_differences(soft):
+    hidden, head, teacher = (randn(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate([(5, 3), (7, 3), (5, 3)]))
+    labels, options = torch.tensor([0, -100, 6, 2, 2]), dict(chunk=2) if soft is None else dict(teacher=teacher, soft=soft, chunk=2)
+    leaves = [hidden.requires_grad_()] if soft else [hidden.requires_grad_(), head.requires_grad_()]  # a head's differences move the targets too
+
+    def losses(h, w=head):
+        return reference.linear_cross_entropy(h, w, labels, **options)[0]
+
+    assert torch.autograd.gradcheck(losses, leaves)
+    teacher.requires_grad_()
+    loss = losses(*leaves)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(loss.pow(2).sum(), hidden, create_graph=True)[0].sum().backward()
+    assert torch.autograd.grad(loss.sum(), [hidden, teacher], allow_unused=True)[1] is None
+
+
+@pytest.mark.parametrize("gradients", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("teacher", [False, True])
+def test_linear_cross_entropy_never_has_all_logits(teacher, gradients):
+    sizes = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            sizes.extend(x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+
+    hidden, head = (randn(*shape).requires_grad_(needed) for shape, needed in zip([(20, 2), (50, 2)], gradients, strict=True))
+    with Record():
+        loss, _ = linear_cross_entropy(hidden, head, torch.arange(20), teacher=randn(20, 2, seed=1) if teacher else None, soft=0.5, chunk=3)
+        if any(gradients):
+            loss.sum().backward()
+    assert max(sizes) == 3 * 50
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m, n, d", [(0, 3, 4), (1, 1, 1), (9, 4, 33)])
+def test_latent_consistency(m, n, d, dtype):
+    z, target, weight = randn(m, d, dtype=dtype), randn(n, d, seed=1, dtype=dtype), randn(m, seed=2).abs()
+    index, results = torch.arange(m) * 3 % n, []
+    weight[4:6] = 0
+    for function, wide in ((latent_consistency, dtype), ("rows", torch.float64), ("rows", torch.float32)):
+        leaf = z.detach().to(wide).requires_grad_()
+        if function == "rows":
+            parts = [w * (leaf[i] - target[j].to(wide)).pow(2).mean() for i, (j, w) in enumerate(zip(index.tolist(), weight.to(wide), strict=True))]
+            loss = sum(parts, leaf.sum() * 0)
+        else:
+            loss = function(leaf, target.requires_grad_(), index, weight.requires_grad_())
+            assert loss.dtype == torch.float32 and loss.shape == ()
+            assert torch.autograd.grad(loss, [leaf, target, weight], allow_unused=True, retain_graph=True)[1:] == (None, None)
+            target, weight = target.detach(), weight.detach()
+        results.append([loss.detach(), torch.autograd.grad(loss, leaf, torch.tensor(0.3, dtype=loss.dtype))[0]])
+    (loss, dz), exact, (eager, eager_dz) = results
+    assert_within_budget(loss, exact[0], eager)
+    assert_within_budget(dz, exact[1], eager_dz.to(dtype))
+    assert not dz[4:6].any()
 
 
 @st.composite

@@ -40,18 +40,23 @@ def valid(name):
         "rotary_frequencies": lambda: dict(head_dim=8, scaling=dict(rope_type="linear", factor=2.0)),
         "rotary_tables": lambda: dict(positions=integers(3), frequencies=zeros(4)),
         "rotary_embedding": lambda: dict(x=zeros(3, 2, 8), cos=zeros(3, 8), sin=zeros(3, 8)),
+        "rotary_write": lambda: dict(
+            qkv=zeros(3, 2, 8, 4), cos=zeros(3, 2, 4), sin=zeros(3, 2, 4), keys=zeros(7, 2, 2, 4), values=zeros(7, 2, 2, 4), start=integers(2)
+        ),
+        "linear_argmax": lambda: dict(hidden=zeros(3, 4), weight=zeros(5, 4)),
         "swiglu": lambda: dict(x=zeros(3, 8)),
         "sampler_hidden": lambda: dict(previous=zeros(3, 4), z=zeros(3, 4), weights=sampler()),
         "sampler_draft": lambda: dict(
             z=zeros(2, 3, 4), first=integers(2), embedding=zeros(5, 4), weights=sampler(), lm_head=zeros(5, 4)
         ),
-        "linear_cross_entropy": lambda: dict(hidden=zeros(3, 4), lm_head=zeros(5, 4), labels=integers(3)),
+        "linear_cross_entropy": lambda: dict(hidden=zeros(3, 4), lm_head=zeros(5, 4), labels=integers(3), teacher=zeros(3, 4), soft=0.5),
+        "latent_consistency": lambda: dict(z=zeros(3, 4), target=zeros(5, 4), index=integers(3), weight=zeros(3)),
         "accept": lambda: dict(drafts=integers(2, 3), predictions=integers(2, 4), counts=integers(2)),
     }[name]()  # fmt: skip
 
 
 OPS = ["gated_lora_linear", "attention", "rms_norm", "rotary_frequencies", "rotary_tables", "rotary_embedding",
-       "swiglu", "sampler_hidden", "sampler_draft", "linear_cross_entropy", "accept"]  # fmt: skip
+       "rotary_write", "linear_argmax", "swiglu", "sampler_hidden", "sampler_draft", "linear_cross_entropy", "latent_consistency", "accept"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -123,6 +128,9 @@ CASES = [
     ("attention", dict(rule=rule(visible=zeros(5, 2))), "rule.visible has dtype"),
     ("attention", dict(rule=rule(slot=integers(5, dtype=torch.int16))), "rule.slot has dtype"),
     ("attention", dict(rule=rule(block=integers(5, device=META))), "rule.block is on meta"),
+    ("attention", dict(rule=rule(first=integers(2, 5))), "rule.first has shape"),
+    ("attention", dict(rule=rule(first=zeros(5, 2))), "rule.first has dtype"),
+    ("attention", dict(rule=rule(first=integers(5, 2, device=META))), "rule.first is on meta"),
     ("attention", dict(rule=rule(num_masks=6)), "num_masks is 6"),
     ("attention", dict(rule=rule(num_masks=-1)), "num_masks is -1"),
     ("attention", dict(rule=rule(num_keys=8)), "num_keys is 8"),
@@ -147,6 +155,33 @@ CASES = [
     ("rotary_embedding", dict(cos=zeros(3, 8, dtype=HALF)), "cos .*bfloat16"),
     ("rotary_embedding", dict(sin=zeros(3, 8, device=META)), "sin .* on meta"),
     ("rotary_embedding", dict(x=zeros(3, 2, 8, dtype=DOUBLE)), "x has dtype"),
+    ("rotary_write", dict(qkv=zeros(3, 2, 8)), "qkv has shape"),
+    ("rotary_write", dict(qkv=zeros(3, 2, 8, 5), keys=zeros(7, 2, 2, 5)), "even D"),
+    ("rotary_write", dict(qkv=zeros(3, 2, 4, 4)), "qkv has shape"),
+    ("rotary_write", dict(keys=zeros(7, 2, 0, 4)), "keys"),
+    ("rotary_write", dict(keys=zeros(2, 2, 4)), "keys"),
+    ("rotary_write", dict(keys=zeros(7, 3, 2, 4)), "keys has shape"),
+    ("rotary_write", dict(keys=zeros(7, 2, 2, 6)), "keys has shape"),
+    ("rotary_write", dict(values=zeros(8, 2, 2, 4)), "values has shape"),
+    ("rotary_write", dict(cos=zeros(3, 4)), "cos has shape"),
+    ("rotary_write", dict(sin=zeros(3, 1, 4)), "sin has shape"),
+    ("rotary_write", dict(start=integers(3)), "start has shape"),
+    ("rotary_write", dict(start=integers(())), "start has shape"),
+    ("rotary_write", dict(start=zeros(2)), "start has dtype"),
+    ("rotary_write", dict(start=integers(2, device=META)), "start is on meta"),
+    ("rotary_write", dict(qkv=zeros(3, 2, 8, 4, dtype=DOUBLE)), "qkv has dtype"),
+    ("rotary_write", dict(keys=zeros(7, 2, 2, 4, dtype=HALF)), "keys .*bfloat16"),
+    ("rotary_write", dict(values=zeros(7, 2, 2, 4, device=META)), "values .* on meta"),
+    ("rotary_write", dict(values=zeros(7, 2, 2, 8)[..., ::2]), "values has stride 2 along D; accepted is 1"),
+    ("rotary_write", dict(qkv=zeros(3, 2, 8, 4).requires_grad_()), "requires gradients; accepted are"),
+    ("rotary_write", dict(keys=zeros(7, 2, 2, 4).requires_grad_()), "requires gradients"),
+    ("linear_argmax", dict(hidden=zeros(3, 5)), "hidden has shape"),
+    ("linear_argmax", dict(hidden=zeros(())), "hidden has shape"),
+    ("linear_argmax", dict(weight=zeros(4)), "weight"),
+    ("linear_argmax", dict(weight=zeros(0, 4)), "V from 1"),
+    ("linear_argmax", dict(hidden=zeros(3, 4, dtype=DOUBLE)), "hidden has dtype"),
+    ("linear_argmax", dict(weight=zeros(5, 4, dtype=HALF)), "weight .*bfloat16"),
+    ("linear_argmax", dict(weight=zeros(5, 4, device=META)), "weight .* on meta"),
     ("swiglu", dict(x=zeros(3, 7)), "x has shape"),
     ("swiglu", dict(x=zeros(())), "x has shape"),
     ("swiglu", dict(x=integers(3, 8)), "x has dtype"),
@@ -176,6 +211,25 @@ CASES = [
     ("linear_cross_entropy", dict(lm_head=zeros(5, 4, dtype=HALF)), "lm_head .*bfloat16"),
     ("linear_cross_entropy", dict(lm_head=zeros(5, 4, device=META)), "lm_head .* on meta"),
     ("linear_cross_entropy", dict(chunk=0), "chunk is 0"),
+    ("linear_cross_entropy", dict(teacher=zeros(4, 4)), "teacher has shape"),
+    ("linear_cross_entropy", dict(teacher=zeros(3, 4, dtype=HALF)), "teacher .*bfloat16"),
+    ("linear_cross_entropy", dict(teacher=zeros(3, 4, device=META)), "teacher .* on meta"),
+    ("linear_cross_entropy", dict(soft=-0.1), "soft is -0.1; accepted is 0 to 1"),
+    ("linear_cross_entropy", dict(soft=1.5, teacher=None), "soft is 1.5"),
+    ("linear_cross_entropy", dict(soft=float("nan")), "soft is nan"),
+    ("latent_consistency", dict(z=zeros(3, 2, 4)), "z has shape"),
+    ("latent_consistency", dict(target=zeros(4)), "target"),
+    ("latent_consistency", dict(target=zeros(5, 3)), r"target \(5, 3\)"),
+    ("latent_consistency", dict(z=zeros(3, 0), target=zeros(5, 0)), "d of 1 or more"),
+    ("latent_consistency", dict(z=zeros(3, 4, dtype=DOUBLE)), "z has dtype"),
+    ("latent_consistency", dict(target=zeros(5, 4, dtype=HALF)), "target .*bfloat16"),
+    ("latent_consistency", dict(target=zeros(5, 4, device=META)), "target .* on meta"),
+    ("latent_consistency", dict(index=integers(4)), "index has shape"),
+    ("latent_consistency", dict(index=integers(3, dtype=torch.int32)), "index is torch.int32"),
+    ("latent_consistency", dict(index=integers(3, device=META)), "index is .* on meta"),
+    ("latent_consistency", dict(weight=zeros(3, 1)), "weight has shape"),
+    ("latent_consistency", dict(weight=zeros(3, dtype=HALF)), "weight is torch.bfloat16"),
+    ("latent_consistency", dict(weight=zeros(3, device=META)), "weight is .* on meta"),
     ("accept", dict(drafts=integers(3)), "drafts has shape"),
     ("accept", dict(predictions=integers(2, 3)), "predictions has shape"),
     ("accept", dict(counts=integers(3)), "counts has shape"),
@@ -196,3 +250,8 @@ for _op in ("sampler_hidden", "sampler_draft"):
 def test_refused(name, changes, word):
     with pytest.raises(ValueError, match=word):
         getattr(mtp_kernels, name)(**valid(name) | changes)
+
+
+def test_a_frozen_pass_may_hold_tensors_that_require_gradients():
+    with torch.no_grad():
+        mtp_kernels.rotary_write(**valid("rotary_write") | dict(qkv=zeros(3, 2, 8, 4).requires_grad_()))

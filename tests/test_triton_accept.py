@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 import mtp_kernels.triton  # noqa: E402, F401
 import mtp_model.decode  # noqa: E402
-from mtp_kernels import accept, reference  # noqa: E402
+from mtp_kernels import accept, accept_and_commit, reference  # noqa: E402
 from mtp_kernels.testing import guarded, guarded_outputs  # noqa: E402
 from mtp_model import generate  # noqa: E402
 
@@ -135,3 +135,41 @@ def test_decoding(shared, monkeypatch, mode):
     monkeypatch.setattr(mtp_model.decode, "accept", fused)
     got = generate(shared.model, prompts, **options)
     assert got.tokens == expected.tokens and got.stats.accepted == expected.stats.accepted
+
+
+def state_by_loop(drafts, predictions, counts, lengths, room, finished, eos):
+    accepted, following = by_loop(drafts, predictions, counts)
+    lengths, room, finished, written = lengths.tolist(), room.tolist(), finished.tolist(), []
+    for b, a in enumerate(accepted):
+        tokens = []
+        for token in [] if finished[b] else predictions[b, : a + 1].tolist():
+            tokens.append(token)
+            if token in eos.tolist() or len(tokens) == room[b]:
+                finished[b] = True
+                break
+        room[b] -= len(tokens)
+        lengths[b] += 0 if finished[b] else a + 1
+        written.append(len(tokens))
+    return [accepted, following, written], [lengths, room, finished]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("b, k, ends", [(1, 0, [1]), (3, 1, []), (130, 5, [1]), (9, 16, [7, 1, 9, 3, 5]), (40, 8, [2, 3])])
+def test_commit_against_a_loop(b, k, ends, implementation, device):
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        drafts, predictions, counts = case(b, k, torch.int64, device, seed)
+        predictions = torch.where(torch.rand(b, k + 1, generator=generator).to(device) < 0.2, 2 + predictions, predictions)
+        finished = guarded((b,), torch.bool, device)[0].copy_(torch.rand(b, generator=generator) < 0.2)
+        room = torch.randint(1, k + 3, (b,), generator=generator).to(device).masked_fill(finished, 0)
+        lengths, eos = torch.randint(50, (b,), generator=generator).to(device), torch.tensor(ends, dtype=torch.int64, device=device)
+        outputs, state = state_by_loop(drafts, predictions, counts, lengths, room, finished, eos)
+        got = accept_and_commit(drafts, predictions, counts, lengths, room, finished, eos, implementation=implementation)
+        assert [x.tolist() for x in got] == outputs
+        assert [x.tolist() for x in (lengths, room, finished)] == state
+
+
+def test_commit_is_an_operator(device):
+    drafts, predictions, counts = case(3, 2, torch.int64, device)
+    state = [torch.zeros(3, dtype=torch.int64, device=device), torch.full((3,), 4, device=device), torch.zeros(3, dtype=torch.bool, device=device)]
+    torch.library.opcheck(torch.ops.mtp_kernels.accept_and_commit.default, (drafts, predictions, counts, *state, torch.tensor([1], device=device)))

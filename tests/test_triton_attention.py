@@ -279,3 +279,125 @@ def test_tiles_follow_from_head_size_and_dtype():
     for _ in range(100):
         pieces, numbers = generator.randint(1, 300), generator.randint(0, 2**30)
         assert 1 <= _tiles.attention_pieces_at_once(pieces, numbers) <= pieces
+
+
+def packed(documents, k, anchors, seed=0, part="whole"):
+    """The rule of documents[b], lengths of equal sum, packed into sequence b, and a block of k masks after each of `anchors` random tokens.
+
+    part: "whole", or "masks" for the mask rows alone, block_size known.
+    """
+    length, batch = sum(documents[0]), len(documents)
+    first = torch.tensor([[c for i, n in enumerate(lengths) for c in [sum(lengths[:i])] * n] for lengths in documents]).t()
+    after = torch.randint(0, length, (anchors, batch), generator=torch.Generator().manual_seed(seed)).sort(0).values
+    layout = training_layout(length, after, k)
+    rows = layout.at(torch.zeros(length, batch, dtype=torch.int64), [0] * batch)
+    first = torch.cat([first, first.gather(0, after).repeat_interleave(k, 0)])
+    if part == "masks":
+        rows, first = rows.mask_rows(), first[length:]
+    return dataclasses.replace(to_device(rows.rule), first=first.to(DEVICE))
+
+
+def operands(rule, heads, d, dtype=F32):
+    (t, batch), (h, kv) = rule.visible.shape, heads
+    return randn(t, batch, h, d, seed=1, dtype=dtype), *(randn(batch, kv, rule.num_keys, d, seed=s, dtype=dtype) for s in (2, 3))
+
+
+def results(function, tensors, rule, dtype, upstream, **options):
+    """The output and the gradients of q, k, v."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+    y = function(*leaves, rule, **options)
+    return y, *torch.autograd.grad(y, leaves, upstream.to(dtype))
+
+
+def random_documents(seed):
+    """One to three sequences of several documents, some of one token."""
+    generator = random.Random(seed)
+    length, documents = generator.choice([20, 140]), []
+    for _ in range(generator.randint(1, 3 if length < 100 else 2)):
+        cuts = {0, length, *generator.sample(range(1, length), generator.randint(0, 4))}
+        cuts = sorted(cuts | {min(c + 1, length) for c in cuts if generator.random() < 0.4})
+        documents.append([b - a for a, b in zip(cuts, cuts[1:], strict=False)])
+    return documents
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_packed_documents(seed):
+    heads, d, k = [((4, 2), 16, 3), ((2, 2), 40, 1), ((3, 1), 24, 8)][seed % 3]
+    dtype = DTYPES[seed % 3] if seed > 2 else F32
+    rule = packed(random_documents(seed), k, [0, 9, 5][seed % 3], seed, "masks" if seed in (1, 4) else "whole")
+    tensors = operands(rule, heads, d, dtype)
+    upstream = randn(*tensors[0].shape, seed=9, dtype=dtype)
+    exact, eager = (results(dense, tensors, rule, t, upstream) for t in (torch.float64, dtype))
+    got = results(attention, tensors, rule, dtype, upstream, implementation="triton")
+    assert_within_budget(got[0], exact[0], eager[0])
+    for g, x, e in zip(got[1:], exact[1:], eager[1:], strict=True):
+        if dtype is F32:
+            torch.testing.assert_close(g.double(), x, rtol=1e-5, atol=3e-6)
+        else:
+            assert_within_budget(g, x, e)
+    with torch.no_grad():
+        assert torch.equal(fused(*tensors, dataclasses.replace(rule, block_size=0)), got[0])
+
+
+@pytest.mark.parametrize("lengths", [(128, 40), (100, 1, 50)])
+def test_packed_documents_are_the_documents_alone(lengths, monkeypatch):
+    """A document that starts at a piece has its bits, too; and so have all rows if pieces are taken one by one."""
+    rule = packed([lengths], 2, 0)
+    tensors = operands(rule, (2, 1), 16)
+    upstream = randn(*tensors[0].shape, seed=9)
+    whole = results(fused, tensors, rule, F32, upstream)
+    start = 0
+    for n in lengths:
+        own = slice(start, start + n)
+        q, k, v = tensors[0][own], tensors[1][:, :, own], tensors[2][:, :, own]
+        alone = results(fused, (q, k, v), dataclasses.replace(packed([[n]], 2, 0), first=None), F32, upstream[own])
+        for together, single in zip((whole[0][own], whole[1][own], whole[2][:, :, own], whole[3][:, :, own]), alone, strict=True):
+            torch.testing.assert_close(together, single, rtol=1e-5, atol=3e-6)
+        assert start % 128 or not INTERPRETED or torch.equal(whole[0][own], alone[0])
+        start += n
+    monkeypatch.setattr(_tiles, "attention_pieces_at_once", lambda *_: 1)
+    with torch.no_grad():
+        assert torch.equal(fused(*tensors, rule), whole[0])
+
+
+@pytest.mark.parametrize("first", [128, 200])
+def test_keys_before_every_first_are_not_read(first):
+    rule = packed([[140, 140]], 3, 4, part="masks")
+    rule = dataclasses.replace(rule, first=torch.full_like(rule.first, first), visible=rule.visible.clamp(min=first + 1))
+    tensors = operands(rule, (4, 2), 16)
+    upstream = randn(*tensors[0].shape, seed=9)
+    expected = results(fused, tensors, rule, F32, upstream)
+    for x in tensors[1:]:
+        x[:, :, :first] = torch.nan
+    got = results(fused, tensors, rule, F32, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)) and not expected[2][:, :, :first].any()
+
+
+def test_first_may_be_narrow_strided_and_anything_in_padding_rows():
+    rule = packed([[20, 30], [40, 10]], 2, 3)
+    tensors = operands(rule, (2, 1), 16)
+    upstream = randn(*tensors[0].shape, seed=9)
+    upstream[[5, 25, 48], 0] = 0  # padding: no loss comes from there
+    expected = results(fused, tensors, rule, F32, upstream)
+    first, visible = rule.first.int().t().contiguous().t(), rule.visible.clone()
+    got = results(fused, tensors, dataclasses.replace(rule, first=first), F32, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    first = first.clone()
+    first[5, 0], visible[5, 0] = 10**6, -5
+    first[25, 0], visible[25, 0] = 49, 30
+    first[48, 0], visible[48, 0] = -500, 10**6
+    got = results(fused, tensors, dataclasses.replace(rule, first=first, visible=visible), F32, upstream)
+    others = torch.tensor([t not in (5, 25, 48) for t in range(rule.visible.shape[0])])
+    assert torch.equal(got[0][others], expected[0][others]) and not got[0].isnan().any() and not got[0][[5, 25], 0].any()
+    assert torch.equal(got[1][others], expected[1][others])
+    for g, x in zip(got[2:], expected[2:], strict=True):
+        torch.testing.assert_close(g, x, rtol=1e-5, atol=3e-6)
+
+
+def test_packed_and_compiled_without_a_graph_break():
+    rule = packed([[9, 4]], 2, 3)
+    leaves = [x.requires_grad_() for x in operands(rule, (2, 1), 16)]
+    expected = fused(*leaves, rule)
+    y = torch.compile(lambda q, k, v: fused(q, k, v, rule), fullgraph=True, backend="aot_eager")(*leaves)
+    for got, whole in zip((y, *torch.autograd.grad(y.sum(), leaves)), (expected, *torch.autograd.grad(expected.sum(), leaves)), strict=True):
+        assert torch.equal(got, whole)

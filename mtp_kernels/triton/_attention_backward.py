@@ -18,38 +18,49 @@ ds = 0 by selection and not by multiplication, for its k and v may be anything.
 import triton
 import triton.language as tl
 
-from mtp_kernels.triton._attention_forward import allowed_keys, load_keys, load_rows, mask_key_range, visible_keys
+from mtp_kernels.triton._attention_forward import (
+    RULE_STRIDES,
+    allowed_keys,
+    load_keys,
+    load_rows,
+    mask_key_range,
+    seen_keys,
+    visible_keys,
+)
 
 
 @triton.jit
 def _accumulate_dq(
-    dq, q, do, m, inverse_z, delta, visible, block, slot, begin, end,
+    dq, q, do, m, inverse_z, delta, first, visible, block, slot, begin, end,
     k_ptr, v_ptr, key_block_ptr, key_slot_ptr, of_masks, stride_ks, stride_vs, scale,
-    CHECKED: tl.constexpr, HAS_MASKS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHECKED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_MASKS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq / c, with the key tiles of [begin, end) added. Not CHECKED: every row may attend every key of them."""
     for column in range(begin, end, BLOCK_S):
-        k = load_keys(k_ptr, column, end, stride_ks, D, BLOCK_S, BLOCK_D, CHECKED)
-        v = load_keys(v_ptr, column, end, stride_vs, D, BLOCK_S, BLOCK_D, CHECKED)
+        k = load_keys(k_ptr, column, begin, end, stride_ks, D, BLOCK_S, BLOCK_D, CHECKED, False)
+        v = load_keys(v_ptr, column, begin, end, stride_vs, D, BLOCK_S, BLOCK_D, CHECKED, False)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p = tl.exp2(tl.fma(qk, scale, -m[:, None])) * inverse_z[:, None]
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         if CHECKED:
-            allowed = allowed_keys(column, end, visible, block, slot, key_block_ptr, key_slot_ptr, of_masks, HAS_MASKS, BLOCK_S)
+            allowed = allowed_keys(
+                column, end, first, visible, block, slot, key_block_ptr, key_slot_ptr, of_masks, HAS_FIRST, HAS_MASKS, BLOCK_S
+            )
             ds = tl.where(allowed, ds, 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
 
-@triton.jit(do_not_specialize=["T", "B", "num_masks", "block_size", "num_keys", "stride_visible_t", "stride_visible_b"])
+@triton.jit(do_not_specialize=["T", "B", "num_masks", "block_size", "num_keys", *RULE_STRIDES])
 def query_gradient_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, kept_ptr, delta_ptr, dq_ptr,
-    visible_ptr, block_ptr, slot_ptr, mask_start_ptr,
+    first_ptr, visible_ptr, block_ptr, slot_ptr, mask_start_ptr,
     stride_qt, stride_qb, stride_qh, stride_kb, stride_kh, stride_ks: tl.constexpr, stride_vb, stride_vh, stride_vs: tl.constexpr,
-    stride_visible_t, stride_visible_b,
+    stride_first_t, stride_first_b, stride_visible_t, stride_visible_b,
     T, B, num_masks, block_size, num_keys, scale, softmax_scale,
-    HAS_MASKS: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_MASKS: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq and delta of one tile of packed rows. out, do, dq: (T, B, H, D) contiguous; delta: (T, B, H)."""
@@ -60,6 +71,9 @@ def query_gradient_kernel(
     t = row // GROUPS
     inside = t < T
     visible = visible_keys(t, b, T, num_keys, visible_ptr, mask_start_ptr, stride_visible_t, stride_visible_b, HAS_MASKS)
+    first = visible
+    if HAS_FIRST:
+        first, visible = seen_keys(t, b, T, num_keys, visible, first_ptr, stride_first_t, stride_first_b)
     most = tl.max(visible, 0)
     least = tl.min(tl.where(inside, visible, num_keys), 0)
 
@@ -78,10 +92,16 @@ def query_gradient_kernel(
     inverse_z = tl.load(kept_ptr + tl.cast(T, tl.int64) * B * (KV_HEADS * GROUPS) + index, mask=inside, other=0.0)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    whole = least // BLOCK_S * BLOCK_S
+    earliest = 0
+    if HAS_FIRST:  # key tiles start at the rows' first key, and if that is not one for all, each needs the rule
+        earliest = tl.min(first, 0)
+        latest = tl.max(tl.where(inside, first, 0), 0)
+        least = tl.where(latest > earliest, earliest, tl.maximum(least, earliest))
+    whole = earliest + (least - earliest) // BLOCK_S * BLOCK_S
     dq = _accumulate_dq(
-        dq, q, do, m, inverse_z, delta, visible, t, t, 0, whole, k_ptr, v_ptr, block_ptr, slot_ptr, False, stride_ks, stride_vs, scale,
-        False, False, PRECISION, D, BLOCK_S, BLOCK_D,
+        dq, q, do, m, inverse_z, delta, first, visible, t, t, earliest, whole,
+        k_ptr, v_ptr, block_ptr, slot_ptr, False, stride_ks, stride_vs, scale,
+        False, False, False, PRECISION, D, BLOCK_S, BLOCK_D,
     )  # fmt: skip
     checked = whole
     end = most
@@ -101,10 +121,13 @@ def query_gradient_kernel(
             block = tl.load(block_ptr + t, mask=inside & of_masks, other=0).to(tl.int32)
             slot = tl.load(slot_ptr + t, mask=inside & of_masks, other=0).to(tl.int32)
             visible = tl.where(of_masks, end, visible)
+            if HAS_FIRST:
+                first = tl.where(of_masks, 0, first)
         dq = _accumulate_dq(
-            dq, q, do, m, inverse_z, delta, visible, block, slot, checked, end, k_ptr + start * stride_ks, v_ptr + start * stride_vs,
+            dq, q, do, m, inverse_z, delta, first, visible, block, slot, checked, end,
+            k_ptr + start * stride_ks, v_ptr + start * stride_vs,
             block_ptr + (T - num_masks), slot_ptr + (T - num_masks), of_masks, stride_ks, stride_vs, scale,
-            True, HAS_MASKS, PRECISION, D, BLOCK_S, BLOCK_D,
+            True, HAS_FIRST, HAS_MASKS, PRECISION, D, BLOCK_S, BLOCK_D,
         )  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     dq = (dq * softmax_scale).to(dq_ptr.dtype.element_ty)
@@ -112,24 +135,38 @@ def query_gradient_kernel(
 
 
 @triton.jit
-def _first_row_that_sees(column, b, T, visible_ptr, stride_visible_t, stride_visible_b, SCAN: tl.constexpr):
-    """The first pass row of sequence b with visible > column. Rows are mostly in the order of what they see."""
-    first = T
+def _rows_that_see(
+    first_key, end_key, b, T, first_ptr, visible_ptr, stride_first_t, stride_first_b, stride_visible_t, stride_visible_b,
+    HAS_FIRST: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """[begin, end) of the pass rows of sequence b that may see keys of [first_key, end_key).
+
+    Rows are mostly in the order of what they see: without a `first`, all rows from the first such row on.
+    """
+    begin = T
+    end = T
+    if HAS_FIRST:
+        end = 0
     for start in range(0, T, SCAN):
         t = start + tl.arange(0, SCAN)
         visible = tl.load(visible_ptr + t.to(tl.int64) * stride_visible_t + b * stride_visible_b, mask=t < T, other=0)
-        first = tl.minimum(first, tl.min(tl.where((visible > column) & (t < T), t, T), 0))
-    return first
+        sees = (visible > first_key) & (t < T)
+        if HAS_FIRST:
+            first = tl.load(first_ptr + t.to(tl.int64) * stride_first_t + b * stride_first_b, mask=t < T, other=0)
+            sees = sees & (first < end_key)
+            end = tl.maximum(end, tl.max(tl.where(sees, t + 1, 0), 0))
+        begin = tl.minimum(begin, tl.min(tl.where(sees, t, T), 0))
+    return begin, end
 
 
-@triton.jit(do_not_specialize=["T", "B", "num_masks", "block_size", "num_keys", "stride_visible_t", "stride_visible_b"])
+@triton.jit(do_not_specialize=["T", "B", "num_masks", "block_size", "num_keys", *RULE_STRIDES])
 def key_gradients_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, kept_ptr, delta_ptr, dk_ptr, dv_ptr,
-    visible_ptr, block_ptr, slot_ptr, mask_start_ptr,
+    first_ptr, visible_ptr, block_ptr, slot_ptr, mask_start_ptr,
     stride_qt, stride_qb, stride_qh, stride_kb, stride_kh, stride_ks: tl.constexpr, stride_vb, stride_vh, stride_vs: tl.constexpr, stride_dh,
-    stride_visible_t, stride_visible_b,
+    stride_first_t, stride_first_b, stride_visible_t, stride_visible_b,
     T, B, num_masks, block_size, num_keys, scale, softmax_scale,
-    MASKS: tl.constexpr, HAS_MASKS: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr,
+    MASKS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_MASKS: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr, SCAN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -158,14 +195,16 @@ def key_gradients_kernel(
         column = 0
         if first_key >= end:
             return
-        first_row = _first_row_that_sees(first_key, b, T, visible_ptr, stride_visible_t, stride_visible_b, SCAN)
-        end_row = T
+        first_row, end_row = _rows_that_see(
+            first_key, first_key + BLOCK_S, b, T, first_ptr, visible_ptr, stride_first_t, stride_first_b, stride_visible_t, stride_visible_b,
+            HAS_FIRST, SCAN,
+        )  # fmt: skip
 
     b64 = b.to(tl.int64)
     head64 = kv_head.to(tl.int64)
     column64 = tl.cast(column, tl.int64)
-    k = load_keys(k_ptr + b64 * stride_kb + head64 * stride_kh + column64 * stride_ks, first_key, end, stride_ks, D, BLOCK_S, BLOCK_D, True)
-    v = load_keys(v_ptr + b64 * stride_vb + head64 * stride_vh + column64 * stride_vs, first_key, end, stride_vs, D, BLOCK_S, BLOCK_D, True)
+    k = load_keys(k_ptr + b64 * stride_kb + head64 * stride_kh + column64 * stride_ks, first_key, 0, end, stride_ks, D, BLOCK_S, BLOCK_D, True, False)
+    v = load_keys(v_ptr + b64 * stride_vb + head64 * stride_vh + column64 * stride_vs, first_key, 0, end, stride_vs, D, BLOCK_S, BLOCK_D, True, False)
     dk = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     for first in range(first_row * GROUPS, end_row * GROUPS, BLOCK_M):
@@ -186,6 +225,9 @@ def key_gradients_kernel(
         else:
             visible = tl.load(visible_ptr + t.to(tl.int64) * stride_visible_t + b * stride_visible_b, mask=inside, other=0).to(tl.int32)
             allowed = (key[:, None] < tl.minimum(visible, end)[None, :])
+            if HAS_FIRST:
+                first_seen = tl.load(first_ptr + t.to(tl.int64) * stride_first_t + b * stride_first_b, mask=inside, other=0).to(tl.int32)
+                allowed = allowed & (key[:, None] >= first_seen[None, :])
         kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_S, BLOCK_M)
         p = tl.where(allowed, tl.exp2(tl.fma(kq, scale, -m[None, :])) * inverse_z[None, :], 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)

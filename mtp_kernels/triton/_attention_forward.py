@@ -18,6 +18,8 @@ might not fuse with the sum behind them are spelled as `fma`, so that the same a
 import triton
 import triton.language as tl
 
+RULE_STRIDES = ("stride_first_t", "stride_first_b", "stride_visible_t", "stride_visible_b")
+
 
 @triton.jit
 def visible_keys(
@@ -29,6 +31,14 @@ def visible_keys(
         limit = tl.minimum(limit, tl.load(mask_start_ptr + b).to(tl.int32))
     visible = tl.load(visible_ptr + t.to(tl.int64) * stride_visible_t + b * stride_visible_b, mask=t < T, other=0)
     return tl.minimum(visible.to(tl.int32), limit)
+
+
+@triton.jit
+def seen_keys(t, b, T, num_keys, visible, first_ptr, stride_first_t, stride_first_b):
+    """(first, visible): each row sees the NTP keys [first, visible); (num_keys, 0) if that is none."""
+    first = tl.load(first_ptr + t.to(tl.int64) * stride_first_t + b * stride_first_b, mask=t < T, other=0).to(tl.int32)
+    some = first < visible
+    return tl.where(some, tl.maximum(first, 0), num_keys), tl.where(some, visible, 0)
 
 
 @triton.jit
@@ -44,13 +54,19 @@ def mask_key_range(first, last, T, num_masks, block_size, WHOLE_BLOCKS: tl.const
 
 
 @triton.jit
-def load_keys(base_ptr, column, end, stride, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.constexpr):
-    """(BLOCK_S, BLOCK_D) of K or V from `column`; CHECKED: columns from `end` on are not read, and zero."""
+def load_keys(
+    base_ptr, column, earliest, end, stride,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.constexpr, HAS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_S, BLOCK_D) of K or V from `column`; CHECKED: columns outside [earliest, end) are not read, and zero."""
     s = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
     pointers = base_ptr + tl.cast(column, tl.int64) * stride + (s[:, None] * stride + d[None, :])
     if CHECKED:
-        return tl.load(pointers, mask=(column + s < end)[:, None] & (d < D)[None, :], other=0.0)
+        read = column + s < end
+        if HAS_FIRST:
+            read = read & (column + s >= earliest)
+        return tl.load(pointers, mask=read[:, None] & (d < D)[None, :], other=0.0)
     if BLOCK_D > D:
         return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
     return tl.load(pointers)
@@ -65,14 +81,19 @@ def load_rows(base_ptr, offsets, inside, D: tl.constexpr, BLOCK_D: tl.constexpr)
 
 @triton.jit
 def allowed_keys(
-    column, end, visible, block, slot, key_block_ptr, key_slot_ptr, of_masks, HAS_MASKS: tl.constexpr, BLOCK_S: tl.constexpr,
+    column, end, first, visible, block, slot, key_block_ptr, key_slot_ptr, of_masks,
+    HAS_FIRST: tl.constexpr, HAS_MASKS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_M, BLOCK_S): which keys of the tile at `column` each row may attend.
 
     One test for both kinds of keys, so that one loop serves them: the other kind's part is made to hold for every row.
     """
     s = column + tl.arange(0, BLOCK_S)
-    allowed = s[None, :] < visible[:, None]
+    if HAS_FIRST:  # both ends in one comparison, for want of registers
+        seen = tl.maximum(visible - first, 0).to(tl.uint32, bitcast=True)
+        allowed = (s[None, :] - first[:, None]).to(tl.uint32, bitcast=True) < seen[:, None]
+    else:
+        allowed = s[None, :] < visible[:, None]
     if HAS_MASKS:
         asked = (s < end) & of_masks
         key_block = tl.load(key_block_ptr + s, mask=asked, other=0).to(tl.int32)
@@ -83,22 +104,24 @@ def allowed_keys(
 
 @triton.jit
 def _attend(
-    m, z, acc, acc_tail, q, q_tail, visible, block, slot, begin, end,
+    m, z, acc, acc_tail, q, q_tail, first, visible, block, slot, earliest, begin, end,
     k_ptr, v_ptr, key_block_ptr, key_slot_ptr, of_masks, stride_ks, stride_vs, scale,
-    CHECKED: tl.constexpr, HAS_MASKS: tl.constexpr, PRECISION: tl.constexpr,
+    CHECKED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_MASKS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
     """Go on with (m, z, acc) over the key tiles of [begin, end). Not CHECKED: every row may attend every key of them."""
     TAIL: tl.constexpr = D - BLOCK_D
     for column in range(begin, end, BLOCK_S):
-        k = load_keys(k_ptr, column, end, stride_ks, D, BLOCK_S, BLOCK_D, CHECKED)
+        k = load_keys(k_ptr, column, earliest, end, stride_ks, D, BLOCK_S, BLOCK_D, CHECKED, HAS_FIRST)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if BLOCK_TAIL > 0:
-            k = load_keys(k_ptr + BLOCK_D, column, end, stride_ks, TAIL, BLOCK_S, BLOCK_TAIL, CHECKED)
+            k = load_keys(k_ptr + BLOCK_D, column, earliest, end, stride_ks, TAIL, BLOCK_S, BLOCK_TAIL, CHECKED, HAS_FIRST)
             qk = tl.dot(q_tail, tl.trans(k), qk, input_precision=PRECISION)
         x = qk * scale
         if CHECKED:
-            allowed = allowed_keys(column, end, visible, block, slot, key_block_ptr, key_slot_ptr, of_masks, HAS_MASKS, BLOCK_S)
+            allowed = allowed_keys(
+                column, end, first, visible, block, slot, key_block_ptr, key_slot_ptr, of_masks, HAS_FIRST, HAS_MASKS, BLOCK_S
+            )
             x = tl.where(allowed, x, float("-inf"))
         m_next = tl.maximum(m, tl.max(x, 1))
         reference = tl.where(m_next == float("-inf"), 0.0, m_next)  # -inf - -inf is NaN
@@ -108,23 +131,23 @@ def _attend(
         shrink = tl.exp2(m - reference)
         z = tl.fma(z, shrink, tl.sum(p, 1))
         p = p.to(q.dtype)
-        v = load_keys(v_ptr, column, end, stride_vs, D, BLOCK_S, BLOCK_D, CHECKED)
+        v = load_keys(v_ptr, column, earliest, end, stride_vs, D, BLOCK_S, BLOCK_D, CHECKED, HAS_FIRST)
         acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
         if BLOCK_TAIL > 0:
-            v = load_keys(v_ptr + BLOCK_D, column, end, stride_vs, TAIL, BLOCK_S, BLOCK_TAIL, CHECKED)
+            v = load_keys(v_ptr + BLOCK_D, column, earliest, end, stride_vs, TAIL, BLOCK_S, BLOCK_TAIL, CHECKED, HAS_FIRST)
             acc_tail = tl.dot(p, v, acc_tail * shrink[:, None], input_precision=PRECISION)
         m = m_next
     return m, z, acc, acc_tail
 
 
-@triton.jit(do_not_specialize=["T", "B", "num_masks", "block_size", "num_keys", "first_piece", "stride_visible_t", "stride_visible_b"])
+@triton.jit(do_not_specialize=["T", "B", "num_masks", "block_size", "num_keys", "first_piece", *RULE_STRIDES])
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, acc_ptr, max_ptr, sum_ptr,
-    visible_ptr, block_ptr, slot_ptr, mask_start_ptr,
+    first_ptr, visible_ptr, block_ptr, slot_ptr, mask_start_ptr,
     stride_qt, stride_qb, stride_qh, stride_kb, stride_kh, stride_ks: tl.constexpr, stride_vb, stride_vh, stride_vs: tl.constexpr,
-    stride_visible_t, stride_visible_b,
+    stride_first_t, stride_first_b, stride_visible_t, stride_visible_b,
     T, B, num_masks, block_size, num_keys, first_piece, scale,
-    HAS_MASKS: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_MASKS: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, PIECE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -141,11 +164,20 @@ def attend_kernel(
     t = row // GROUPS
     inside = t < T
     visible = visible_keys(t, b, T, num_keys, visible_ptr, mask_start_ptr, stride_visible_t, stride_visible_b, HAS_MASKS)
+    first = visible
+    if HAS_FIRST:
+        first, visible = seen_keys(t, b, T, num_keys, visible, first_ptr, stride_first_t, stride_first_b)
     least = tl.min(tl.where(inside, visible, num_keys), 0)
 
     # Keys [begin, whole) every row may attend; [checked, end) need the rule, read from column `start`.
     begin = piece * PIECE
     end = tl.minimum(begin + PIECE, tl.max(visible, 0))
+    earliest = begin
+    if HAS_FIRST:
+        earliest = tl.min(first, 0)
+        begin = tl.maximum(begin, earliest // BLOCK_S * BLOCK_S)
+        latest = tl.max(tl.where(inside, first, 0), 0)
+        least = tl.where(latest > begin, begin, least)
     whole = tl.maximum(begin + (tl.minimum(least, end) - begin) // BLOCK_S * BLOCK_S, begin)
     checked = whole
     start = tl.cast(0, tl.int64)
@@ -161,6 +193,9 @@ def attend_kernel(
             whole = checked
             start = tl.load(mask_start_ptr + b).to(tl.int64)
         visible = tl.where(of_masks, end, visible)
+        if HAS_FIRST:
+            first = tl.where(of_masks, 0, first)
+            earliest = tl.where(of_masks, 0, earliest)
         block = tl.load(block_ptr + t, mask=inside & of_masks, other=0).to(tl.int32)
         slot = tl.load(slot_ptr + t, mask=inside & of_masks, other=0).to(tl.int32)
     if begin >= end:
@@ -184,14 +219,14 @@ def attend_kernel(
         q_tail = load_rows(q_ptr + BLOCK_D, q_offsets, inside, TAIL, BLOCK_TAIL)
         acc_tail = tl.zeros([BLOCK_M, BLOCK_TAIL], tl.float32)
     m, z, acc, acc_tail = _attend(
-        m, z, acc, acc_tail, q, q_tail, visible, block, slot, begin, whole,
+        m, z, acc, acc_tail, q, q_tail, first, visible, block, slot, earliest, begin, whole,
         k_ptr, v_ptr, block_ptr, slot_ptr, of_masks, stride_ks, stride_vs, scale,
-        False, HAS_MASKS, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
+        False, False, False, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
     )  # fmt: skip
     m, z, acc, acc_tail = _attend(
-        m, z, acc, acc_tail, q, q_tail, visible, block, slot, checked, end, k_ptr + start * stride_ks, v_ptr + start * stride_vs,
+        m, z, acc, acc_tail, q, q_tail, first, visible, block, slot, earliest, checked, end, k_ptr + start * stride_ks, v_ptr + start * stride_vs,
         block_ptr + (T - num_masks), slot_ptr + (T - num_masks), of_masks, stride_ks, stride_vs, scale,
-        True, HAS_MASKS, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
+        True, HAS_FIRST, HAS_MASKS, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
     )  # fmt: skip
 
     index = ((tl.program_id(2).to(tl.int64) * T + t) * B + b) * (KV_HEADS * GROUPS) + head
@@ -216,12 +251,12 @@ def _merge(m, z, acc, m_piece, z_piece, acc_piece):
     return m_next, z, acc
 
 
-@triton.jit(do_not_specialize=["T", "B", "num_masks", "num_keys", "first_piece", "last_piece", "stride_visible_t", "stride_visible_b"])
+@triton.jit(do_not_specialize=["T", "B", "num_masks", "num_keys", "first_piece", "last_piece", *RULE_STRIDES])
 def merge_kernel(
     acc_ptr, max_ptr, sum_ptr, state_acc_ptr, state_max_ptr, state_sum_ptr, out_ptr, kept_ptr,
-    visible_ptr, mask_start_ptr, stride_visible_t, stride_visible_b,
+    first_ptr, visible_ptr, mask_start_ptr, stride_first_t, stride_first_b, stride_visible_t, stride_visible_b,
     T, B, num_masks, num_keys, first_piece, last_piece,
-    FIRST: tl.constexpr, LAST: tl.constexpr, KEEP: tl.constexpr, HAS_MASKS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, KEEP: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_MASKS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     PIECE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Pieces first_piece..last_piece - 1 of BLOCK_R rows of (T, B, H), merged in order, as far as a row has them.
@@ -237,6 +272,9 @@ def merge_kernel(
     offsets = row64[:, None] * D + d[None, :]
     held = inside[:, None] & (d < D)[None, :]
     visible = visible_keys(t, row // H % B, T, num_keys, visible_ptr, mask_start_ptr, stride_visible_t, stride_visible_b, HAS_MASKS)
+    first = visible
+    if HAS_FIRST:
+        first, visible = seen_keys(t, row // H % B, T, num_keys, visible, first_ptr, stride_first_t, stride_first_b)
     pieces = tl.cdiv(visible, PIECE)
     masks_piece = tl.cdiv(num_keys, PIECE)
     if FIRST:
@@ -249,6 +287,8 @@ def merge_kernel(
         acc = tl.load(state_acc_ptr + offsets, mask=held, other=0.0)
     for piece in range(first_piece, last_piece):
         written = inside & (piece < pieces)
+        if HAS_FIRST:
+            written = written & (piece >= first // PIECE)
         if HAS_MASKS:
             written = written | (inside & (piece == masks_piece) & (t >= T - num_masks))
         slot64 = tl.cast(piece - first_piece, tl.int64) * T * B * H

@@ -12,15 +12,15 @@ import torch
 _library = torch.library.Library("mtp_kernels", "FRAGMENT")
 
 
-def operator(fake: Callable) -> Callable:
+def operator(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable:
     """Decorator: a launcher with annotated arguments becomes torch.ops.mtp_kernels.<its name, without underscores around>.
 
-    fake: same arguments; gives empty outputs of the right shapes.
+    fake: same arguments; gives empty outputs of the right shapes. mutates: the arguments that the launcher writes into.
     """
 
     def register(launcher: Callable):
         name = launcher.__name__.strip("_")
-        _library.define(name + torch.library.infer_schema(launcher, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(name + torch.library.infer_schema(launcher, mutates_args=mutates), tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, launcher, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mtp_kernels::{name}", fake, lib=_library)
         return getattr(torch.ops.mtp_kernels, name).default

@@ -167,6 +167,47 @@ def attention_backward_tiles(head_dim: int, itemsize: int, shared_memory: int) -
 
 
 
+# ---- argmax and sampler
+
+
+def argmax_tiles(n: int) -> tuple[int, int]:
+    """(piece, num_warps) of an argmax over n logits: 32 per thread until the pieces are many enough."""
+    piece = min(8192, max(32, next_power_of_2(n)))
+    return piece, max(1, piece // 1024)
+
+
+def pick_tiles(pieces: int) -> tuple[int, int]:
+    """(block_p, num_warps) of the best among pieces."""
+    block_p = next_power_of_2(pieces)
+    return block_p, min(8, max(1, block_p // 256))
+
+
+@dataclass(frozen=True)
+class SamplerTiles:
+    """block_n features x block_m rows per program, block_k of K per step."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def sampler_tiles(b: int, n: int, k: int, itemsize: int, shared_memory: int) -> SamplerTiles:
+    """Tiles of a product of few rows with W (n, k) that is all in one launch: about 256 programs, or more of the widest."""
+    block_m = 16 if b <= 16 else 32
+    widest = 128 if itemsize == 2 and k % 8 == 0 else 64  # see `gated_lora_tiles` for k off 16-byte boundaries
+    block_n = min(widest, max(16, next_power_of_2(cdiv(n, 256))))
+    block_k = (128 if block_n <= 32 else 64) if itemsize == 2 else 32
+    stage = (block_m + block_n) * block_k * itemsize
+    return SamplerTiles(block_m, block_n, block_k, 4, min(6, max(2, shared_memory // 2 // stage - 1)))
+
+
+def shortlist_tiles(candidates: int, k: int) -> tuple[int, int, int]:
+    """(block_c, block_k, num_warps): few of the list's rows per program, as there are few of them at all."""
+    return min(4, next_power_of_2(candidates)), min(1024, max(32, next_power_of_2(k))), 4
+
+
 # ---- norm, rotary, SwiGLU
 
 
@@ -204,3 +245,12 @@ def norm_weight_tiles(m: int, n: int) -> NormWeightTiles:
     block_m, block_n = 32, 128
     groups = min(cdiv(m, block_m), max(1, 512 // cdiv(n, block_n)))
     return NormWeightTiles(cdiv(cdiv(m, groups), block_m) * block_m, block_m, block_n, 4)
+
+
+# ---- losses
+
+
+def cross_entropy_tiles(v: int) -> tuple[int, int]:
+    """(block_v, num_warps): one row of logits per program, up to eight of a block per thread."""
+    block_v = min(2048, max(32, next_power_of_2(v)))
+    return block_v, max(1, block_v // 256)

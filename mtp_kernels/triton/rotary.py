@@ -7,6 +7,9 @@ Backward: the transpose, which exchanges s1 and s2, that is, the rotation by -a:
     dx1 = dy1 c1 + dy2 s2     dx2 = dy2 c2 + dy1 s1
 
 Computed in float32 and rounded once. The tables get no gradient.
+
+`rotary_write` rotates the q and k heads of a fused projection's result, and puts k and v into the cache where a number on the device says:
+one launch instead of the rotation, a copy and a transfer of that number.
 """
 
 import torch
@@ -20,6 +23,16 @@ from mtp_kernels.triton._tiles import cdiv, rotary_tiles
 
 
 @triton.jit
+def _rotated(x1, x2, cos_ptr, sin_ptr, d, HALF: tl.constexpr, BACKWARD: tl.constexpr):
+    """The halves of x cos + swap(x) sin, float32; the tables' pointers are at the row."""
+    c1 = tl.load(cos_ptr + d, mask=d < HALF, other=0.0).to(tl.float32)
+    c2 = tl.load(cos_ptr + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)
+    s1 = tl.load(sin_ptr + (HALF if BACKWARD else 0) + d, mask=d < HALF, other=0.0).to(tl.float32)
+    s2 = tl.load(sin_ptr + (0 if BACKWARD else HALF) + d, mask=d < HALF, other=0.0).to(tl.float32)
+    return x1 * c1 + x2 * s1, x2 * c2 + x1 * s2
+
+
+@triton.jit
 def rotary_kernel(
     x_ptr, cos_ptr, sin_ptr, y_ptr,
     x_stride_m, x_stride_h, cos_stride, sin_stride,
@@ -28,17 +41,48 @@ def rotary_kernel(
     m = tl.program_id(0).to(tl.int64)
     h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     d = tl.arange(0, BLOCK_D)
-    c1 = tl.load(cos_ptr + m * cos_stride + d, mask=d < HALF, other=0.0).to(tl.float32)
-    c2 = tl.load(cos_ptr + m * cos_stride + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)
-    s1 = tl.load(sin_ptr + m * sin_stride + (HALF if BACKWARD else 0) + d, mask=d < HALF, other=0.0).to(tl.float32)
-    s2 = tl.load(sin_ptr + m * sin_stride + (0 if BACKWARD else HALF) + d, mask=d < HALF, other=0.0).to(tl.float32)
     inside = (h < H) & (d < HALF)[None, :]
     x_ptrs = x_ptr + m * x_stride_m + h * x_stride_h + d
     x1 = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_H, BLOCK_D)
     x2 = tl.load(x_ptrs + HALF, mask=inside, other=0.0).to(tl.float32)
     y_ptrs = y_ptr + (m * H + h) * (2 * HALF) + d
-    tl.store(y_ptrs, (x1 * c1 + x2 * s1).to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(y_ptrs + HALF, (x2 * c2 + x1 * s2).to(y_ptr.dtype.element_ty), mask=inside)
+    y1, y2 = _rotated(x1, x2, cos_ptr + m * cos_stride, sin_ptr + m * sin_stride, d, HALF, BACKWARD)
+    tl.store(y_ptrs, y1.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptrs + HALF, y2.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotary_write_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, start_ptr, q_ptr,
+    qkv_stride_m, qkv_stride_h, cos_stride, sin_stride, keys_stride_s, keys_stride_b, keys_stride_h,
+    values_stride_s, values_stride_b, values_stride_h, start_stride,
+    B, S, H, H_KV, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Some heads of one row: q to q_ptr, contiguous; k and v to the row's column of the cache, if there is one."""
+    m = tl.program_id(0).to(tl.int64)
+    t, b = m // B, m % B
+    h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
+    d = tl.arange(0, BLOCK_D)
+    dtype = q_ptr.dtype.element_ty
+    inside = (h < H + 2 * H_KV) & (d < HALF)[None, :]
+    x_ptrs = qkv_ptr + m * qkv_stride_m + h * qkv_stride_h + d
+    x1 = tl.load(x_ptrs, mask=inside, other=0.0)  # (BLOCK_H, BLOCK_D)
+    x2 = tl.load(x_ptrs + HALF, mask=inside, other=0.0)
+    y1, y2 = _rotated(x1.to(tl.float32), x2.to(tl.float32), cos_ptr + m * cos_stride, sin_ptr + m * sin_stride, d, HALF, False)
+    is_q = inside & (h < H)
+    q_ptrs = q_ptr + (m * H + h) * (2 * HALF) + d
+    tl.store(q_ptrs, y1.to(dtype), mask=is_q)
+    tl.store(q_ptrs + HALF, y2.to(dtype), mask=is_q)
+    column = tl.load(start_ptr + b * start_stride).to(tl.int64) + t
+    written = inside & (h >= H) & (column >= 0) & (column < S)
+    is_k = written & (h < H + H_KV)
+    k_ptrs = keys_ptr + column * keys_stride_s + b * keys_stride_b + (h - H) * keys_stride_h + d
+    tl.store(k_ptrs, y1.to(dtype), mask=is_k)
+    tl.store(k_ptrs + HALF, y2.to(dtype), mask=is_k)
+    is_v = written & (h >= H + H_KV)
+    v_ptrs = values_ptr + column * values_stride_s + b * values_stride_b + (h - H - H_KV) * values_stride_h + d
+    tl.store(v_ptrs, x1, mask=is_v)
+    tl.store(v_ptrs + HALF, x2, mask=is_v)
 
 
 @operator(lambda x, cos, sin, backward: torch.empty(x.shape, dtype=x.dtype, device=x.device))
@@ -71,3 +115,31 @@ class _RotaryEmbedding(torch.autograd.Function):
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _RotaryEmbedding.apply(x, cos, sin) if needs_gradient(x) else _rotary_embedding(x, cos, sin, False)
+
+
+def _heads(qkv: Tensor, keys: Tensor) -> Tensor:
+    """Empty memory for q."""
+    t, b, heads, d = qkv.shape
+    return torch.empty((t, b, heads - 2 * keys.shape[2], d), dtype=qkv.dtype, device=qkv.device)
+
+
+@operator(lambda qkv, cos, sin, keys, values, start: _heads(qkv, keys), mutates=("keys", "values"))
+def _rotary_write(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: Tensor) -> Tensor:
+    q, (t, b, heads, d) = _heads(qkv, keys), qkv.shape
+    x3, cos, sin = qkv.reshape(-1, heads, d), rows(cos, d), rows(sin, d)
+    x3 = x3 if x3.stride(2) == 1 else x3.contiguous()
+    block_h, block_d, num_warps = rotary_tiles(heads, d)
+    _device.launch(
+        rotary_write_kernel, (t * b, cdiv(heads, block_h)),
+        qkv_ptr=x3, cos_ptr=cos, sin_ptr=sin, keys_ptr=keys, values_ptr=values, start_ptr=start, q_ptr=q,
+        qkv_stride_m=x3.stride(0), qkv_stride_h=x3.stride(1), cos_stride=cos.stride(0), sin_stride=sin.stride(0),
+        keys_stride_s=keys.stride(0), keys_stride_b=keys.stride(1), keys_stride_h=keys.stride(2),
+        values_stride_s=values.stride(0), values_stride_b=values.stride(1), values_stride_h=values.stride(2), start_stride=start.stride(0),
+        B=b, S=keys.shape[0], H=q.shape[2], H_KV=keys.shape[2], HALF=d // 2, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=num_warps,
+    )  # fmt: skip
+    torch.autograd.graph.increment_version((keys, values))  # so that a backward pass that needs what was overwritten says so
+    return q
+
+
+def rotary_write(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: Tensor) -> Tensor:
+    return _rotary_write(qkv, cos, sin, keys, values, start)

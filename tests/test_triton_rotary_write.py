@@ -1,0 +1,129 @@
+"""Rotation and writing into the cache in one launch, against the rotary kernel and plain indexing; interpreted where there is no GPU."""
+
+import functools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from mtp_kernels import reference, rotary_embedding, rotary_write  # noqa: E402
+from mtp_kernels.testing import guarded, guarded_outputs, guarded_randn  # noqa: E402
+from mtp_kernels.triton import rotary as kernels  # noqa: E402
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+fused = functools.partial(rotary_write, implementation="triton")
+
+
+def tables(t, b, d, dtype, device):
+    return [guarded_randn((t, b, d), dtype, device, seed) for seed in (1, 2)]  # any tables, not only cosines
+
+
+def caches(columns, b, kv_heads, d, dtype, device):
+    """(keys, values) full of random numbers, and what checks that nothing beside them was written."""
+    (keys, one), (values, other) = (guarded((columns, b, kv_heads, d), dtype, device) for _ in range(2))
+    for seed, x in enumerate((keys, values)):
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+    return keys, values, lambda: (one(), other())
+
+
+def expected(qkv, cos, sin, keys, values, start):
+    """(q, keys, values) by the rotary kernel and a loop; rows whose column does not exist are nowhere."""
+    kv_heads, columns = keys.shape[2], keys.shape[0]
+    heads = qkv.shape[2] - 2 * kv_heads
+    qk = rotary_embedding(qkv[:, :, : heads + kv_heads], cos, sin, implementation="triton")
+    keys, values = keys.clone(), values.clone()
+    for b, first in enumerate(start.tolist()):
+        for t in range(qkv.shape[0]):
+            if 0 <= first + t < columns:
+                keys[first + t, b], values[first + t, b] = qk[t, b, heads:], qkv[t, b, heads + kv_heads :]
+    return qk[:, :, :heads], keys, values
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("t, heads, kv_heads, d, start", [
+    (1, 1, 1, 2, [0]), (3, 4, 2, 16, [4, 0]), (2, 3, 3, 80, [5, 1, 7]), (4, 33, 1, 96, [2]), (1, 2, 1, 128, [8, 3]), (0, 2, 1, 8, [1]),
+])  # fmt: skip
+def test_bits_and_places(t, heads, kv_heads, d, start, dtype, device):
+    b = len(start)
+    qkv = guarded_randn((t, b, heads + 2 * kv_heads, d), dtype, device)
+    cos, sin = tables(t, b, d, dtype, device)
+    keys, values, untouched = caches(9, b, kv_heads, d, dtype, device)
+    start = torch.tensor(start, device=device)
+    wanted = expected(qkv, cos, sin, keys, values, start)
+    plain = keys.clone(), values.clone()
+    with guarded_outputs(kernels):
+        q = fused(qkv, cos, sin, keys, values, start)
+    untouched()
+    assert q.is_contiguous() and all(map(torch.equal, (q, keys, values), wanted))
+    from_reference = reference.rotary_write(qkv, cos, sin, *plain, start)
+    assert from_reference.is_contiguous() and torch.equal(plain[1], values)
+    for one, other in ((from_reference, q), (plain[0], keys)):
+        torch.testing.assert_close(one, other, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_columns_that_do_not_exist_are_not_written(device):
+    qkv, (cos, sin) = guarded_randn((3, 4, 4, 16), torch.float32, device), tables(3, 4, 16, torch.float32, device)
+    keys, values, untouched = caches(6, 4, 1, 16, torch.float32, device)
+    start = torch.tensor([4, -2, 6, 2**40], device=device)
+    wanted = expected(qkv, cos, sin, keys, values, start)
+    got = fused(qkv, cos, sin, keys, values, start)
+    untouched()
+    assert all(map(torch.equal, (got, keys, values), wanted))
+    with pytest.raises(IndexError):
+        rotary_write(qkv.cpu(), cos.cpu(), sin.cpu(), keys.cpu(), values.cpu(), start.cpu(), implementation="reference")
+
+
+def test_strides(device):
+    """Rows of a wider product, tables shared by the sequences, one layer of a cache stored by sequence, every second start."""
+    wide = torch.randn(3, 2, 140, device=device)
+    qkv = wide[..., 7:135].unflatten(-1, (8, 16))
+    cos, sin = (torch.randn(3, 1, 16, device=device).expand(-1, 2, -1) for _ in range(2))
+    stored = torch.randn(2, 2, 2, 9, 3, 16, device=device)  # (keys or values, B, layers, S, more heads than there are, D)
+    keys, values = (x[:, 1, :, :2].transpose(0, 1) for x in stored)
+    start = torch.tensor([5, 99, 0, 99], dtype=torch.int32, device=device)[::2]
+    wanted = expected(qkv.contiguous(), cos.contiguous(), sin.contiguous(), keys, values, start)
+    before = stored.clone()
+    got = fused(qkv, cos, sin, keys, values, start)
+    assert all(map(torch.equal, (got, keys, values), wanted))
+    assert torch.equal(stored[:, :, 0], before[:, :, 0]) and torch.equal(stored[..., 2, :], before[..., 2, :])
+    by_columns = qkv.transpose(0, 1).contiguous().transpose(0, 1).mT.contiguous().mT  # D is not of unit stride
+    assert torch.equal(fused(by_columns, cos, sin, keys, values, start), got) and torch.equal(keys, wanted[1])
+
+
+def test_one_launch_without_waiting(device, monkeypatch):
+    qkv, (cos, sin) = torch.randn(2, 2, 8, 16, device=device), tables(2, 2, 16, torch.float32, device)
+    keys, values, _ = caches(8, 2, 2, 16, torch.float32, device)
+    start, launches, launch = torch.tensor([1, 3], device=device), [], kernels._device.launch
+    fused(qkv, cos, sin, keys, values, start)  # compiled
+    monkeypatch.setattr(kernels._device, "launch", lambda *args, **options: launches.append(args) or launch(*args, **options))
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused(qkv, cos, sin, keys, values, start)
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(launches) == 1
+
+
+def test_operator(device):
+    def arguments():
+        return torch.ones(2, 2, 8, 4, device=device), *tables(2, 2, 4, torch.float32, device), *caches(8, 2, 2, 4, torch.float32, device)[:2]
+
+    start = torch.tensor([1, 3], device=device)
+    torch.library.opcheck(torch.ops.mtp_kernels.rotary_write.default, (*arguments(), start), test_utils=("test_schema", "test_faketensor"))
+    compiled = torch.compile(lambda *x: fused(*x), fullgraph=True, backend="aot_eager")
+    for one, other in ((arguments(), arguments()),):
+        assert torch.equal(compiled(*one, start), fused(*other, start)) and all(map(torch.equal, one, other))
+
+
+def test_a_gradient_that_needs_what_was_overwritten_says_so(device):
+    qkv, (cos, sin) = torch.randn(2, 1, 4, 8, device=device), tables(2, 1, 8, torch.float32, device)
+    for implementation in ("triton", "reference"):
+        keys, values, _ = caches(4, 1, 1, 8, torch.float32, device)
+        factor = torch.ones((), device=device, requires_grad=True)
+        loss = (keys * factor).sum()
+        rotary_write(qkv, cos, sin, keys, values, torch.tensor([0], device=device), implementation=implementation)
+        with pytest.raises(RuntimeError, match="inplace"):
+            loss.backward()
