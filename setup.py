@@ -21,6 +21,7 @@ setup(
     # the optimizer of the demo recipe, transformers 5.0 the first that opens the demo's tokenizer.
     install_requires=["torch>=2.9", "numpy>=1.26", "safetensors>=0.5", "tqdm>=4.60", "transformers>=5.0,<6"],
     extras_require={
+        "parquet": ["pyarrow>=15"],
         "plot": ["matplotlib>=3.8"],
         "triton": [TRITON],
         "test": ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6", TRITON],

@@ -19,7 +19,7 @@ _ALIGNMENT = 256  # columns; whole pieces, so that attention in pieces of this m
 
 
 class KVCache:
-    """Keys and values of `batch` sequences, up to `capacity` columns each; `lengths[b]` of them are committed."""
+    """Keys and values of `batch` sequences, up to `capacity` columns each (stored are `columns`); `lengths[b]` of them are committed."""
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, device=None, dtype: torch.dtype = torch.float32):
         columns = -(-capacity // _ALIGNMENT) * _ALIGNMENT
@@ -28,21 +28,21 @@ class KVCache:
         shape = (config.num_hidden_layers, columns, batch, config.num_key_value_heads, config.head_dim)
         self._keys, self._values = (list(torch.zeros(shape, device=device, dtype=dtype)) for _ in range(2))
         self.keys, self.values = ([x.permute(1, 2, 0, 3) for x in stored] for stored in (self._keys, self._values))
-        self.capacity = capacity
+        self.capacity, self.columns = capacity, columns
         self.lengths = [0] * batch
 
-    def update(self, layer: int, k: Tensor, v: Tensor, start: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def update(self, layer: int, k: Tensor, v: Tensor, start: tuple[int, ...], keep: bool = True) -> tuple[Tensor, Tensor]:
         """Put a pass's K/V, (T, B, H_kv, D) each, at columns start[b].. and return the layer's (B, H_kv, S, D) pair.
 
-        Rows that require gradients (masks in training) are appended to a copy of the committed part instead, which the
-        cache does not keep.
+        Rows that are not to be kept (masks alone, in training) or that require gradients are appended to a copy of the
+        committed part instead, which must have the same length in every sequence.
         """
-        if max(start) + k.shape[0] > self.capacity and not k.requires_grad:
-            raise ValueError(f"{max(start) + k.shape[0]} columns are needed; the cache has {self.capacity}")
         rows, n = k.shape[0], start[0]
         keys, values = self._keys[layer], self._values[layer]
-        if k.requires_grad:  # training starts every sequence's masks at the same column
+        if not keep or k.requires_grad:
             return torch.cat([keys[:n], k]).permute(1, 2, 0, 3), torch.cat([values[:n], v]).permute(1, 2, 0, 3)
+        if max(start) + rows > self.capacity:
+            raise ValueError(f"{max(start) + rows} columns are needed; the cache has {self.capacity}")
         if start.count(n) == len(start):
             keys[n : n + rows] = k
             values[n : n + rows] = v
@@ -51,6 +51,10 @@ class KVCache:
                 keys[n : n + rows, b] = k[:, b]
                 values[n : n + rows, b] = v[:, b]
         return self.keys[layer], self.values[layer]
+
+    def storage(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values by column, (S, B, H_kv, D) each, as `mtp_kernels.rotary_write` fills them."""
+        return self._keys[layer], self._values[layer]
 
     def commit(self, counts: list[int]) -> None:
         """Add counts[b] tokens to each sequence."""

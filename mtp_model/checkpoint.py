@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mtp_model.config import ModelConfig, MTPConfig
+from mtp_model.layers import STACKS
 from mtp_model.model import MTPModel
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -23,10 +24,8 @@ FORMAT = "mtp-kernels-adapter-1"
 
 # Our stacked projections, and the checkpoint's names for their parts.
 _PARTS = {
-    "qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o_proj": ("self_attn.o_proj",),
-    "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    "down_proj": ("mlp.down_proj",),
+    stack: tuple(("self_attn." if part in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp.") + part for part in parts)
+    for stack, parts in STACKS.items()
 }
 
 
@@ -166,25 +165,33 @@ def describe_base(model: MTPModel) -> dict:
     return {key: config[key] for key in keys} | {"fingerprint": model.fingerprint}
 
 
-def export_adapter(model: MTPModel) -> dict[str, Tensor]:
-    """The adapter's tensors under their file names, one A and B per projection, on the CPU."""
+def _projections(model: MTPModel, name: str) -> list[tuple[str, int]]:
+    """The file name of each projection's part of the stacked parameter `name`, and its rows; without those not adapted."""
+    layer, stack, which = name.rsplit(".", 2)
+    module = model.get_submodule(f"{layer}.{stack}")
+    sizes = [module.rank] * len(module.splits) if which == "lora_A" else list(module.splits)
+    return [(f"{layer}.{part}.{which}" if part in model.mtp.target_modules else "", size) for part, size in zip(STACKS[stack], sizes, strict=True)]
+
+
+def export_adapter(model: MTPModel, parameters: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The adapter's tensors under their file names, one A and B per projection, on the CPU.
+
+    parameters: their values by the model's names, where the model itself holds only parts of them; default the model's.
+    """
     out = {}
-    for name, parameter in model.adapter_parameters().items():
+    for name, parameter in (parameters or model.adapter_parameters()).items():
         tensor = parameter.detach().cpu()
         if "lora_" not in name:
             out[name] = tensor.clone()
             continue
-        layer, stack, which = name.rsplit(".", 2)
-        module = model.get_submodule(f"{layer}.{stack}")
-        sizes = [module.rank] * len(module.splits) if which == "lora_A" else list(module.splits)
-        for part, piece in zip(_PARTS[stack], tensor.split(sizes), strict=True):
-            out[f"{layer}.{part.split('.')[1]}.{which}"] = piece.clone()
+        names, sizes = zip(*_projections(model, name), strict=True)
+        out |= {part: piece.clone() for part, piece in zip(names, tensor.split(sizes), strict=True) if part}
     return out
 
 
 @torch.no_grad()
 def import_adapter(model: MTPModel, tensors: dict[str, Tensor]) -> None:
-    """Copy `export_adapter`'s tensors into a model whose adapter has the same k, rank and sampler."""
+    """Copy `export_adapter`'s tensors into a model whose adapter has the same k, rank, projections and sampler."""
     template = export_adapter(model)
     missing, unknown = sorted(set(template) - set(tensors)), sorted(set(tensors) - set(template))
     if missing or unknown:
@@ -196,19 +203,22 @@ def import_adapter(model: MTPModel, tensors: dict[str, Tensor]) -> None:
         if "lora_" not in name:
             parameter.copy_(tensors[name])
             continue
-        layer, stack, which = name.rsplit(".", 2)
-        parameter.copy_(torch.cat([tensors[f"{layer}.{part.split('.')[1]}.{which}"] for part in _PARTS[stack]]))
+        first = 0
+        for part, size in _projections(model, name):
+            if part:
+                parameter[first : first + size].copy_(tensors[part])
+            first += size
 
 
-def save_adapter(model: MTPModel, directory: str | Path, notes: dict | None = None) -> None:
-    """Write the model's adapter to `directory`. Each file appears whole or not at all."""
+def save_adapter(model: MTPModel, directory: str | Path, notes: dict | None = None, parameters: dict[str, Tensor] | None = None) -> None:
+    """Write the model's adapter to `directory`; parameters: see `export_adapter`. Each file appears whole or not at all."""
     if model.mtp is None:
         raise ValueError("the model has no adapter to save")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = {"format": FORMAT, "adapter": asdict(model.mtp), "base": describe_base(model), "notes": notes or {}}
     temporary = directory / (ADAPTER_WEIGHTS + ".tmp")
-    save_file(export_adapter(model), temporary)
+    save_file(export_adapter(model, parameters), temporary)
     os.replace(temporary, directory / ADAPTER_WEIGHTS)
     temporary = directory / (ADAPTER_CONFIG + ".tmp")
     temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

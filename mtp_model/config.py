@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from mtp_kernels import rotary_frequencies
 
 MAX_MASKS = 16
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,20 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MTPConfig:
-    """An adapter: k masks, gated LoRA of one rank on all seven projections, optionally a sampler head.
+    """An adapter: k masks, gated LoRA of one rank on the seven projections or some of them, optionally a sampler head.
 
     num_masks: k, 1 to 16. rank: 1 to 512. alpha: LoRA is scaled by alpha / rank; default: the rank itself, scale 1.
+    target_modules: which of `PROJECTIONS` have a LoRA; default all (arXiv 2507.11851, section 2.2; Hu et al. 2021, arXiv
+    2106.09685, section 7.1, compare subsets). gated: False applies the LoRA to NTP rows too, ordinary LoRA as the paper's
+    Fig. 6 compares it: the model's own predictions change, so it is for studies only.
     """
 
     num_masks: int = 8
     rank: int = 128
     alpha: float | None = None
     sampler: bool = True
+    target_modules: tuple[str, ...] = PROJECTIONS
+    gated: bool = True
 
     def __post_init__(self):
         for name in ("num_masks", "rank"):
@@ -93,6 +99,10 @@ class MTPConfig:
             raise ValueError(f"alpha is {self.alpha!r}; accepted is a positive number, or None for the rank")
         if self.alpha is None:
             object.__setattr__(self, "alpha", float(self.rank))
+        names = self.target_modules
+        if isinstance(names, str) or not names or not set(names) <= set(PROJECTIONS):
+            raise ValueError(f"target_modules is {names!r}; accepted are one or more of {', '.join(PROJECTIONS)}")
+        object.__setattr__(self, "target_modules", tuple(name for name in PROJECTIONS if name in names))
 
     @classmethod
     def from_dict(cls, values: dict) -> "MTPConfig":

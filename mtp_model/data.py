@@ -1,25 +1,40 @@
-"""Training data: JSON lines to token sequences that know which of their tokens are answers.
+"""Training data: JSON lines or parquet to token sequences that know which of their tokens are answers.
 
-Each line is one of
+Each line (parquet: row) is one of
 
     {"prompt": "...", "response": "..."}
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}
     {"text": "..."}                                              every token is an answer
     {"prompt_ids": [1, 2], "response_ids": [3, 4]}               tokens as they are, e.g. a model's own continuation
 
-Messages go through the tokenizer's chat template. End-of-text is appended to responses and texts.
+Messages go through the tokenizer's chat template; a content may be a list of {"type": "text", "text": "..."}. Other keys are
+ignored. End-of-text is appended to responses and texts.
+
+Sources are read one line at a time. What they give is three arrays (tokens, answer flags, where each sequence begins), in memory
+or, for more than fits there, in a directory that is mapped into memory and opened again without reading the sources.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable
+import os
+import sys
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BytesIO
+from operator import index
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 FORMS = '{"prompt", "response"}, {"messages"}, {"text"} or {"prompt_ids", "response_ids"}'
+KEYS = ("prompt", "response", "messages", "text", "prompt_ids", "response_ids")
+REPORTED = 10  # broken lines that are reported one by one
+STORE = "store.json"
 
 
 @dataclass(frozen=True)
@@ -30,47 +45,140 @@ class Example:
     answer: np.ndarray
 
 
+class Examples:
+    """A sequence of `Example`, as views of one array of tokens and one of answer flags, in memory or mapped from a store; read-only.
+
+    lengths: (n,) int64. answers: how many tokens are answers. fingerprint: 16 hex digits of tokens, flags and lengths; the same
+    data has the same one, wherever it lies. skipped: "FILE, line N: why" of each line that was left out.
+    """
+
+    def __init__(self, tokens: np.ndarray, flags: np.ndarray, offsets: np.ndarray, *, answers: int, fingerprint: str, skipped: Iterable[str] = ()):
+        self._tokens, self._flags, self._offsets = tokens, flags, offsets
+        self.lengths = np.diff(offsets)
+        self.answers, self.fingerprint, self.skipped = answers, fingerprint, list(skipped)
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> "Examples":
+        """The given examples, in memory. Raises ValueError for one whose ids and answer differ in length."""
+        sink = _Sink(BytesIO(), BytesIO())
+        for example in examples:
+            sink.add(example)
+        return sink.in_memory([])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> Example:
+        i = index(i)
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"example {i} of {len(self)}")
+        part = slice(self._offsets[i % len(self)], self._offsets[i % len(self) + 1])
+        return Example(self._tokens[part], self._flags[part])
+
+
+class _Sink:
+    """Examples to two binary files, one of tokens and one of flags, keeping count and digests on the way."""
+
+    def __init__(self, tokens, flags):
+        self.tokens, self.flags = tokens, flags
+        self.digests = hashlib.sha256(), hashlib.sha256()
+        self.offsets, self.answers = array("q", [0]), 0
+
+    def add(self, example: Example) -> None:
+        ids, answer = np.asarray(example.ids, np.int32), np.asarray(example.answer, bool)
+        if ids.ndim != 1 or ids.shape != answer.shape:
+            raise ValueError(f"ids have shape {ids.shape}, answer {answer.shape}; accepted are (n,) and (n,)")
+        for file, digest, values in zip((self.tokens, self.flags), self.digests, (ids, answer), strict=True):
+            data = values.tobytes()
+            file.write(data)
+            digest.update(data)
+        self.offsets.append(self.offsets[-1] + len(ids))
+        self.answers += int(answer.sum())
+
+    def facts(self) -> dict:
+        whole = hashlib.sha256(self.offsets.tobytes() + b"".join(d.digest() for d in self.digests))
+        return {"answers": self.answers, "fingerprint": whole.hexdigest()[:16]}
+
+    def in_memory(self, skipped: list[str]) -> Examples:
+        tokens, flags = np.frombuffer(self.tokens.getvalue(), np.int32), np.frombuffer(self.flags.getvalue(), bool)
+        return Examples(tokens, flags, np.array(self.offsets), skipped=skipped, **self.facts())
+
+
 @dataclass(frozen=True)
 class Batch:
-    """ids (L, B) int64, padded with 0 at the end; answer (L, B) bool, False in the padding; lengths (B,)."""
+    """Sequences side by side, each of one document or, packed, of several in a row.
+
+    ids (L, B) int64, padded with 0 at the end. answer (L, B) bool, False in the padding and at the first token of each document
+    but a sequence's first (no token of a document predicts it). first (L, B) int64: the row at which the document of that row
+    begins, in the padding the row's own number; None if no sequence holds more than one document. lengths (B,) int64.
+    """
 
     ids: Tensor
     answer: Tensor
+    first: Tensor | None
     lengths: Tensor
+
+
+def _plain(message: dict) -> dict:
+    """A message with its content's text parts put together: many templates know text only."""
+    content = message["content"]
+    if not isinstance(content, list):
+        return message
+    for part in content:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            raise ValueError('a list as "content" must be of {"type": "text", "text"}')
+    return message | {"content": "".join(part["text"] for part in content)}
+
+
+def _encode(tokenizer, text, special: bool = False) -> list[int]:
+    if not isinstance(text, str):
+        raise ValueError(f"found a {type(text).__name__} where text is expected")
+    return tokenizer(text, add_special_tokens=special)["input_ids"]
+
+
+def _chat(record: dict, tokenizer):
+    """The messages of a record, and a function that renders some of them."""
+    from jinja2 import TemplateError
+
+    messages = record["messages"]
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError('found "messages", but the tokenizer has no chat template')
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m and "content" in m for m in messages):
+        raise ValueError('"messages" must be a list of {"role", "content"}')
+
+    def render(messages: list[dict], **options) -> str:
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except TemplateError as error:  # a template's own refusal, e.g. of roles that do not alternate
+            raise ValueError(f"the chat template says: {error}") from None
+
+    return [_plain(message) for message in messages], render
+
+
+def _ids(record: dict, name: str) -> list[int]:
+    if not isinstance(record[name], list) or not all(type(t) is int for t in record[name]):
+        raise ValueError(f"{name} is not a list of integers")
+    return record[name]
 
 
 def _pieces(record: dict, tokenizer, end: list[int]) -> list[tuple[list[int], bool]]:
     """A record as (ids, is_answer) pieces in order."""
-
-    def encode(text, special: bool = False) -> list[int]:
-        if not isinstance(text, str):
-            raise ValueError(f"found a {type(text).__name__} where text is expected")
-        return tokenizer(text, add_special_tokens=special)["input_ids"]
-
     if "prompt_ids" in record and "response_ids" in record:
-        for name in ("prompt_ids", "response_ids"):
-            if not isinstance(record[name], list) or not all(type(t) is int for t in record[name]):
-                raise ValueError(f"{name} is not a list of integers")
-        return [(record["prompt_ids"], False), (record["response_ids"], True)]
+        return [(_ids(record, "prompt_ids"), False), (_ids(record, "response_ids"), True)]
     if "prompt" in record and "response" in record:
-        return [(encode(record["prompt"], special=True), False), (encode(record["response"]) + end, True)]
+        return [(_encode(tokenizer, record["prompt"], special=True), False), (_encode(tokenizer, record["response"]) + end, True)]
     if "text" in record:
-        return [(encode(record["text"], special=True) + end, True)]
+        return [(_encode(tokenizer, record["text"], special=True) + end, True)]
     if "messages" in record:
-        messages = record["messages"]
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError('found "messages", but the tokenizer has no chat template')
-        if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m and "content" in m for m in messages):
-            raise ValueError('"messages" must be a list of {"role", "content"}')
+        messages, render = _chat(record, tokenizer)
         pieces, done = [], ""
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+            before, after = render(messages[:i], add_generation_prompt=True), render(messages[: i + 1])
             if not (before.startswith(done) and after.startswith(before)):
                 raise ValueError("the chat template rewrites earlier turns, so answers cannot be told from prompts")
-            pieces += [(encode(before[len(done) :]), False), (encode(after[len(before) :]), True)]
+            pieces += [(_encode(tokenizer, before[len(done) :]), False), (_encode(tokenizer, after[len(before) :]), True)]
             done = after
         if not pieces:
             raise ValueError('"messages" has no assistant turn')
@@ -78,63 +186,229 @@ def _pieces(record: dict, tokenizer, end: list[int]) -> list[tuple[list[int], bo
     raise ValueError(f"found keys {sorted(record)}; accepted are {FORMS}")
 
 
-def read_examples(
-    paths: Iterable[str | Path], tokenizer, *, max_length: int, vocab_size: int, eos: int | None = None
-) -> list[Example]:
-    """Read JSON-lines files. A sequence longer than `max_length` tokens is cut into several that are not.
+def encode_prompt(record: dict, tokenizer, text_tokens: int) -> list[int]:
+    """The token ids of a record's prompt; an answer beside it is not looked at.
 
-    Pieces without an answer token to predict are dropped. Raises ValueError with file and line number for a line that is
-    none of the accepted forms or has ids outside the vocabulary, and if nothing at all remains.
+    Of {"messages"} all of them, without an assistant turn at the end, with the chat template's opening of an answer; of {"text"} the
+    first `text_tokens` tokens. Raises ValueError for anything else.
+    """
+    try:
+        if "prompt_ids" in record:
+            return _ids(record, "prompt_ids")
+        if "prompt" in record:
+            return _encode(tokenizer, record["prompt"], special=True)
+        if "text" in record:
+            return _encode(tokenizer, record["text"], special=True)[:text_tokens]
+        if "messages" in record:
+            messages, render = _chat(record, tokenizer)
+            if messages and messages[-1]["role"] == "assistant":
+                messages = messages[:-1]
+            return _encode(tokenizer, render(messages, add_generation_prompt=True))
+    except TypeError as error:  # of a tokenizer or a template, about text that it cannot take
+        raise ValueError(error) from None
+    raise ValueError(f"found keys {sorted(record)}; accepted are {FORMS}")
+
+
+def _rows(path: Path) -> Iterator[tuple[str, bytes | dict, float]]:
+    """What a file holds, in order: where it stands, a line as it is or a row as a record, and how many bytes of the file it took."""
+    if path.suffix != ".parquet":
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                yield f"{path}, line {number}", line, len(line)
+        return
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ValueError(f"{path} is read with pyarrow, which is not installed; pip install mtp-kernels[parquet]") from None
+    number = 0
+    try:
+        # With both settings a row group is read in small parts; a file may be a single one.
+        with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            if not set(names) & set(KEYS):
+                raise ValueError(f"{path} has columns {sorted(names)}; accepted are {FORMS}")
+            share = path.stat().st_size / max(1, file.metadata.num_rows)
+            for batch in file.iter_batches(batch_size=256, columns=[name for name in names if name in KEYS]):
+                for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020 (counts on from batch to batch)
+                    yield f"{path}, row {number}", _present(row), share
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path}, after row {number}: {error}") from None
+
+
+def _present(row: dict) -> dict:
+    """A row without its nulls: a column that another form of record needs, or a key that only some messages have."""
+    row = {name: value for name, value in row.items() if value is not None}
+    if isinstance(row.get("messages"), list):
+        row["messages"] = [
+            {k: v for k, v in m.items() if v is not None or k == "content"} if isinstance(m, dict) else m for m in row["messages"]
+        ]  # fmt: skip
+    return row
+
+
+def _record(row: bytes | dict) -> dict:
+    record = json.loads(row.decode()) if isinstance(row, bytes) else row
+    if not isinstance(record, dict):
+        raise ValueError(f"found a {type(record).__name__}; accepted are {FORMS}")
+    return record
+
+
+def records(path: Path) -> Iterator[tuple[str, dict]]:
+    """The records of a JSON-lines or .parquet file, each with "FILE, line N". Raises ValueError with that for a line that is none."""
+    for where, row, _ in _rows(path):
+        if not isinstance(row, bytes) or row.strip():
+            try:
+                record = _record(row)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}: {error}") from None
+            yield where, record
+
+
+def _example(record: dict, tokenizer, end: list[int], vocab_size: int) -> Example:
+    pieces = _pieces(record, tokenizer, end)
+    ids = np.array([t for piece, _ in pieces for t in piece], dtype=np.int32)
+    if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
+        raise ValueError(f"token ids are {ids.min()} to {ids.max()}; the model's vocabulary has {vocab_size}")
+    return Example(ids, np.array([a for piece, a in pieces for _ in piece], dtype=bool))
+
+
+def _report(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)  # does not tear a progress bar
+
+
+def read_examples(
+    paths: Iterable[str | Path], tokenizer, *, max_length: int, vocab_size: int, eos: int | None = None,
+    skip_broken: bool = False, store: str | Path | None = None, progress: bool = False,
+) -> Examples:  # fmt: skip
+    """Read JSON lines and .parquet files. A sequence longer than `max_length` tokens is cut into several that are not.
+
+    Pieces without an answer token to predict are dropped. skip_broken: leave out lines that cannot be read, report them on standard
+    error (the first ten and how many) and in `skipped`. store: a directory for the tokens, so that memory does not grow with
+    them; a later call with the same sources (names, sizes, times) and settings opens it without reading, any other writes it anew,
+    and it counts only once it is whole. One process at a time may write it. progress: a bar over the bytes of the sources.
+
+    Raises ValueError with file and line number for a line that is none of the accepted forms or has ids outside the vocabulary,
+    and if nothing at all remains.
     """
     if max_length < 3:
         raise ValueError(f"max_length is {max_length}; accepted is 3 or more")
-    end = [] if eos is None else [eos]
-    examples: list[Example] = []
-    for path in map(Path, paths):
+    paths = [Path(path) for path in paths]
+    for path in paths:
         if not path.is_file():
             raise ValueError(f"{path} is not a file")
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                    if not isinstance(record, dict):
-                        raise ValueError(f"found a {type(record).__name__}; accepted are {FORMS}")
-                    pieces = _pieces(record, tokenizer, end)
-                    ids = np.array([t for piece, _ in pieces for t in piece], dtype=np.int32)
-                    if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
-                        raise ValueError(f"token ids reach {ids.max()}; the model's vocabulary has {vocab_size}")
-                except (ValueError, TypeError, OverflowError) as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from None
-                answer = np.array([a for piece, a in pieces for _ in piece], dtype=bool)
-                for i in range(0, len(ids), max_length):
-                    example = Example(ids[i : i + max_length], answer[i : i + max_length])
-                    if example.answer[2:].any():
-                        examples.append(example)
-    if not examples:
-        raise ValueError(f"no sequence with an answer to predict in {', '.join(map(str, paths))}")
-    return examples
+
+    def fill(sink: _Sink) -> list[str]:
+        skipped = []
+        with tqdm(total=sum(p.stat().st_size for p in paths), desc="read", unit="B", unit_scale=True, disable=not progress) as bar:
+            for path in paths:
+                for where, row, size in _rows(path):
+                    bar.update(size)
+                    if isinstance(row, bytes) and not row.strip():
+                        continue
+                    try:
+                        example = _example(_record(row), tokenizer, [] if eos is None else [eos], vocab_size)
+                    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+                        if not skip_broken:
+                            raise ValueError(f"{where}: {error}") from None
+                        skipped.append(f"{where}: {error}")
+                        if len(skipped) <= REPORTED:
+                            _report(f"left out: {skipped[-1]}")
+                        continue
+                    for i in range(0, len(example.ids), max_length):
+                        piece = Example(example.ids[i : i + max_length], example.answer[i : i + max_length])
+                        if piece.answer[2:].any():
+                            sink.add(piece)
+        if skipped:
+            _report(f"{len(skipped)} broken lines left out")
+        if len(sink.offsets) == 1:
+            raise ValueError(f"no sequence with an answer to predict in {', '.join(map(str, paths))}")
+        return skipped
+
+    if store is None:
+        sink = _Sink(BytesIO(), BytesIO())
+        return sink.in_memory(fill(sink))
+    store = Path(store)
+    if store.exists() and not store.is_dir():
+        raise ValueError(f"store is {store}, which is not a directory; accepted is a directory, or the name of a new one")
+    made_of = {
+        "format": 1, "sources": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in paths], "tokenizer": _identity(tokenizer),
+        "max_length": max_length, "vocab_size": vocab_size, "eos": eos, "skip_broken": skip_broken,
+    }  # fmt: skip
+    found = _open_store(store, made_of)
+    if found is None:
+        _write_store(store, made_of, fill)
+        found = _open_store(store, made_of)
+    elif found.skipped:
+        _report(f"{len(found.skipped)} broken lines were left out of {store}, the first: {found.skipped[0]}")
+    return found
 
 
-def batch_indices(n: int, batch: int, step: int, seed: int) -> list[int]:
-    """Which examples make batch number `step`: consecutive ones of a stream of shuffled epochs. Depends on nothing else."""
-    picked, orders = [], {}
-    for position in range(step * batch, (step + 1) * batch):
-        epoch, offset = divmod(position, n)
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(n)
-        picked.append(int(orders[epoch][offset]))
-    return picked
+def _identity(tokenizer) -> str:
+    """A digest of what decides a tokenizer's output: rules or, without them, vocabulary; special tokens and chat template."""
+    if hasattr(tokenizer, "backend_tokenizer"):
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules |= {"truncation": None, "padding": None}  # of the last call, not of the tokenizer
+    else:
+        rules = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else None
+    parts = [type(tokenizer).__qualname__, rules, *(getattr(tokenizer, name, None) for name in ("special_tokens_map", "chat_template"))]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def collate(examples: list[Example], device: torch.device | str = "cpu") -> Batch:
-    """Pad examples to the longest."""
-    length = max(len(e.ids) for e in examples)
-    ids = torch.zeros(length, len(examples), dtype=torch.int64)
-    answer = torch.zeros(length, len(examples), dtype=torch.bool)
-    for b, example in enumerate(examples):
-        ids[: len(example.ids), b] = torch.from_numpy(example.ids.astype(np.int64))
-        answer[: len(example.ids), b] = torch.from_numpy(example.answer)
-    lengths = torch.tensor([len(e.ids) for e in examples])
-    return Batch(ids.to(device), answer.to(device), lengths.to(device))
+def _open_store(store: Path, made_of: dict) -> Examples | None:
+    """The examples of a store, or None if it is not whole or made of something else."""
+    try:
+        state = json.loads((store / STORE).read_text(encoding="utf-8"))
+        if state.pop("made_of") != made_of:
+            return None
+        offsets = np.load(store / "offsets.npy")
+        tokens, flags = (np.asarray(np.memmap(store / f"{n}.bin", t, "r")) for n, t in (("tokens", np.int32), ("answers", bool)))
+    except (OSError, ValueError, KeyError):
+        return None
+    return Examples(tokens, flags, offsets, **state) if len(tokens) == len(flags) == offsets[-1] else None
+
+
+def _write_store(store: Path, made_of: dict, fill) -> None:
+    """Write all files under temporary names and then rename them, the one that makes the store whole last."""
+    store.mkdir(parents=True, exist_ok=True)
+    names = ("tokens.bin", "answers.bin", "offsets.npy", STORE)
+    temporary = {name: store / (name + ".tmp") for name in names}
+    try:
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(open(temporary[name], "wb")) for name in names}
+            sink = _Sink(files["tokens.bin"], files["answers.bin"])
+            skipped = fill(sink)
+            np.save(files["offsets.npy"], np.array(sink.offsets))
+            files[STORE].write(json.dumps({"made_of": made_of, "skipped": skipped, **sink.facts()}).encode())
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
+        (store / STORE).unlink(missing_ok=True)  # an older store's must not vouch for the new files
+        for name in names:
+            os.replace(temporary[name], store / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def collate(sequences: list[list[Example]] | list[Example], device: torch.device | str = "cpu") -> Batch:
+    """Put sequences side by side, padded to the longest. A sequence is a list of documents, or one document.
+
+    Raises ValueError if there is no sequence, or one without a document.
+    """
+    packed = [[sequence] if isinstance(sequence, Example) else sequence for sequence in sequences]
+    if not packed or not all(packed):
+        raise ValueError("sequences are empty; accepted are one or more, each of one or more documents")
+    lengths = np.array([sum(len(e.ids) for e in documents) for documents in packed])
+    shape = (lengths.max(), len(packed))
+    ids, answer = np.zeros(shape, np.int64), np.zeros(shape, bool)
+    first = np.repeat(np.arange(shape[0])[:, None], shape[1], axis=1)
+    for b, documents in enumerate(packed):
+        start = 0
+        for example in documents:
+            end = start + len(example.ids)
+            ids[start:end, b], answer[start:end, b], first[start:end, b] = example.ids, example.answer, start
+            if 0 < start < end:
+                answer[start, b] = False
+            start = end
+    several = any(len(documents) > 1 for documents in packed)
+    tensors = [torch.from_numpy(a).to(device) for a in (ids, answer, first, lengths)]
+    return Batch(tensors[0], tensors[1], tensors[2] if several else None, tensors[3])

@@ -17,6 +17,7 @@ from mtp_kernels import accept
 from mtp_model.cache import KVCache
 from mtp_model.layout import MODES, Layout, decoding_layout, prefill_layout
 from mtp_model.model import MTPModel
+from mtp_model.static import StaticStep, drafting_states, keep_step, take_step
 
 
 @dataclass
@@ -25,7 +26,7 @@ class DecodeStats:
 
     passes: passes of the model that emitted tokens for the sequence, prefill included. tokens: tokens emitted, those after
     end-of-text or the maximum not counted. offered[i], accepted[i]: steps in which draft i + 1 was put up for verification,
-    and in which it was accepted. seconds: wall-clock in "verify" (passes of the model), "draft" (the sampler), "other".
+    and in which it was accepted. seconds: wall-clock in "verify" (passes of the model; of static steps all), "draft" (the sampler), "other".
     """
 
     passes: list[int]
@@ -60,7 +61,8 @@ class Decoding:
     (default: all of them). eos: end-of-text ids; default the model's, () for none. use_sampler: False drafts from the
     masks' own logits. draft_candidates: how many tokens, 1 to the vocabulary, the sampler chooses from for each mask, which
     spares it most of its reading of lm_head; default all of them. It changes which drafts are offered, never the text, and does
-    nothing without a sampler. Raises ValueError for anything else, before any work.
+    nothing without a sampler. static: steps of fixed shape with lengths on the device, captured as a CUDA graph on a GPU (see
+    `mtp_model.static`); default there with Triton kernels. Raises ValueError for anything else, before any work.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Decoding:
         eos: Sequence[int] | None = None,
         use_sampler: bool = True,
         draft_candidates: int | None = None,
+        static: bool | None = None,
     ):
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; accepted are {', '.join(MODES)}")
@@ -98,6 +101,7 @@ class Decoding:
         self.model, self.mode, self.k, self.max_new_tokens = model, mode, k, max_new_tokens
         self.prompts, self.use_sampler = [list(p) for p in prompts], use_sampler
         self.draft_candidates = draft_candidates
+        self.static = model.fused and model.device.type == "cuda" if static is None else static
         self.eos = frozenset(model.config.eos_token_ids if eos is None else eos)
         batch = len(prompts)
         self.tokens: list[list[int]] = [[] for _ in prompts]
@@ -126,19 +130,25 @@ class Decoding:
         model, k = self.model, self.k
         lengths = [len(p) for p in self.prompts]
         rows = (k + 1) ** 2 if self.mode.startswith("quadratic") else 1 + 2 * k
-        capacity = max(lengths) + self.max_new_tokens + rows
-        cache = KVCache(model.config, len(lengths), capacity, model.device, model.dtype)
+        capacity, step = max(lengths) + self.max_new_tokens + rows, None
+        if self.static:
+            step = take_step(model, len(lengths), capacity, self.mode, k, self.use_sampler, self.draft_candidates, self.eos)
+        cache = step.cache if step else KVCache(model.config, len(lengths), capacity, model.device, model.dtype)
 
         # Prefill: the prompts and a block after each, so that the first step already has drafts.
+        cache.lengths = [0] * len(lengths)
         layout = prefill_layout(lengths, k, model.device)
         padded = [p + [0] * (max(lengths) - len(p)) for p in self.prompts]
         z = self._forward(layout, torch.tensor(padded, device=model.device).t(), cache)
         last = torch.tensor(lengths, device=model.device) - 1
-        newest = model.logits(z[last, torch.arange(len(lengths), device=model.device)]).argmax(-1)  # (B,)
+        newest = model.greedy(z[last, torch.arange(len(lengths), device=model.device)])  # (B,)
         cache.commit(lengths)
         new = self._emit([[token] for token in newest.tolist()])
         drafts, drafted = self._draft(layout, z, last, newest)
         yield new
+        if step:
+            yield from self._static_steps(step, newest, drafts, drafted)
+            return
 
         while not all(self.finished):
             # Verify: the newest token and its drafts, with masks behind them.
@@ -147,7 +157,7 @@ class Decoding:
             if layout.num_ntp > 1:
                 ids = torch.cat([ids, drafts.t()])
             z = self._forward(layout, ids, cache)
-            predictions = model.logits(z[: layout.num_ntp]).argmax(-1).t()  # (B, drafts + 1)
+            predictions = model.greedy(z[: layout.num_ntp]).t()  # (B, drafts + 1)
 
             # Accept: the longest prefix that the model would have written itself.
             counts = None if all(drafted) else torch.tensor([k * d for d in drafted], device=model.device)
@@ -162,6 +172,26 @@ class Decoding:
             drafts, drafted = self._draft(layout, z, accepted, newest)
             yield new
 
+    def _static_steps(self, step: StaticStep, newest: Tensor, drafts: Tensor | None, drafted: tuple[bool, ...]) -> Iterator[list[list[int]]]:
+        """The same loop with the four parts in one launch: each step is begun before the one before it is read."""
+        if all(self.finished):
+            return
+        room = [0 if done else self.max_new_tokens - len(tokens) for tokens, done in zip(self.tokens, self.finished, strict=True)]
+        step.begin(step.cache.lengths, newest, drafts, drafted, room, self.finished)
+        began = time.perf_counter()
+        read = step.run()
+        while not all(self.finished):
+            following = step.run()
+            outcome, read = read(), following
+            now = time.perf_counter()
+            self.stats.seconds["verify"], began = self.stats.seconds["verify"] + now - began, now
+            new = self._emit(outcome.tokens, outcome.accepted, outcome.drafted)
+            paused = time.perf_counter()
+            yield new
+            began += time.perf_counter() - paused
+        read()
+        keep_step(step)
+
     def _forward(self, layout: Layout, ids: Tensor, cache: KVCache) -> Tensor:
         began = time.perf_counter()
         z = self.model(layout.at(ids, cache.lengths, self.model.config.vocab_size), cache)
@@ -174,14 +204,10 @@ class Decoding:
         if not self.k or all(self.finished):
             return None, nothing
         began = time.perf_counter()
-        at = layout.anchors == accepted  # (A, B)
-        drafted = tuple((at.any(0)).tolist()) if layout.num_blocks <= self.k else (True,) * len(self.finished)
+        states, at = drafting_states(layout, z, accepted)
+        drafted = tuple(at.tolist()) if layout.num_blocks <= self.k else (True,) * len(self.finished)
         if not any(drafted):
             return None, nothing
-        block = at.to(torch.int64).argmax(0)  # the first such block
-        first = layout.num_ntp + block * self.k
-        index = first.unsqueeze(1) + torch.arange(self.k, device=z.device)  # (B, k)
-        states = z[index, torch.arange(z.shape[1], device=z.device).unsqueeze(1)]
         drafts = self.model.draft(states, newest, self.use_sampler, self.draft_candidates)
         self._book("draft", began)
         return drafts, drafted

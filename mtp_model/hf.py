@@ -162,7 +162,8 @@ def remove_gated_lora(model: nn.Module) -> nn.Module:
     for linear in added.linears.values():
         for name in ("lora_A", "lora_B", "splits", "rank", "scale"):
             delattr(linear, name)
-        linear.__dict__.pop("_prepared", None)
+        for name in ("_prepared", "targets"):
+            linear.__dict__.pop(name, None)
         linear.__class__ = nn.Linear
     for parameter in added.trained:
         parameter.requires_grad_(True)

@@ -1,15 +1,25 @@
 """A decoder layer of the Llama family on the rows of a pass."""
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mtp_kernels.nn import GatedLoRALinear, RMSNorm
 from mtp_model.cache import KVCache
 from mtp_model.config import ModelConfig
 from mtp_model.layout import Rows
 
+# The modules that an adapter is put on, and the projections stacked in each.
+STACKS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",), "gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
 
 class DecoderLayer(nn.Module):
-    """norm -> q/k/v -> rotary -> attention -> o -> norm -> gate/up -> SwiGLU -> down, adapters on the mask rows."""
+    """norm -> q/k/v -> rotary -> attention -> o -> norm -> gate/up -> SwiGLU -> down, adapters on the mask rows.
+
+    recompute: keep only the layer's input for the backward pass, and run the layer again there (activation checkpointing).
+    """
+
+    recompute = False
 
     def __init__(self, config: ModelConfig, index: int, device=None, dtype=None):
         super().__init__()
@@ -28,18 +38,28 @@ class DecoderLayer(nn.Module):
         self.down_proj = GatedLoRALinear(f, d, config.mlp_bias, **factory)
 
     def adapted(self) -> dict[str, GatedLoRALinear]:
-        return {name: module for name, module in self.named_children() if isinstance(module, GatedLoRALinear)}
+        return {name: getattr(self, name) for name in STACKS}
 
     def forward(self, x: Tensor, rows: Rows, rotary: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, rows, rotary, cache, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, rows, rotary, cache)
+
+    def _forward(self, x: Tensor, rows: Rows, rotary: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
         t, b, _ = x.shape  # x: (T, B, d)
         gate, heads = rows.gate, self.heads
         rotated = heads + self.kv_heads
         qkv = self.qkv_proj(self.input_norm(x), gate).view(t, b, rotated + self.kv_heads, self.head_dim)
-        qk, v = qkv[:, :, :rotated], qkv[:, :, rotated:]
-        qk = self.operations.rotary_embedding(qk, *rotary)  # q and k heads together
-        q, k = qk[:, :, :heads], qk[:, :, heads:]
-        keys, values = cache.update(self.index, k, v, rows.start)
-        attended = self.operations.attention(q, keys, values, rows.rule).flatten(2)  # (T, B, H * D)
+        if isinstance(rows.start, Tensor):  # the columns to write are known to the device alone
+            q = self.operations.rotary_write(qkv, *rotary, *cache.storage(self.index), rows.start)
+            keys, values = cache.keys[self.index], cache.values[self.index]
+        else:
+            qk, v = qkv[:, :, :rotated], qkv[:, :, rotated:]
+            qk = self.operations.rotary_embedding(qk, *rotary)  # q and k heads together
+            q, k = qk[:, :, :heads], qk[:, :, heads:]
+            keys, values = cache.update(self.index, k, v, rows.start, keep=rows.num_ntp > 0)
+        # Masks alone see NTP keys of a pass before theirs, which is a constant.
+        attended = self.operations.attention(q, keys, values, rows.rule, ntp_key_gradients=rows.num_ntp > 0).flatten(2)  # (T, B, H * D)
         x = self.o_proj(attended, gate, residual=x)
         hidden = self.gate_up_proj(self.post_norm(x), gate, swiglu=True)
         return self.down_proj(hidden, gate, residual=x)

@@ -56,12 +56,14 @@ MODES = ("autoregressive", "linear", "quadratic", "quadratic-printed")
 class Layout:
     """Structure of a pass, relative to each sequence's committed length n. Build one with the functions below.
 
-    num_ntp, k: NTP rows and masks per block. anchors: (A, B) int64, the NTP row each block follows.
+    num_ntp, k: NTP rows and masks per block. anchors: (A, B) int64, the NTP row each block follows. first: (num_ntp, B) int64,
+    the row at which each NTP row's document begins; None: all at row 0.
     """
 
     num_ntp: int
     k: int
     anchors: Tensor
+    first: Tensor | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -92,40 +94,61 @@ class Layout:
         return torch.cat([slots.new_zeros(self.num_ntp), slots])
 
     @cached_property
+    def row_of(self) -> Tensor:
+        """(T, B) the NTP row that a row is or whose block it is in."""
+        ntp = torch.arange(self.num_ntp, device=self.anchors.device).unsqueeze(1).expand(-1, self.batch)
+        return torch.cat([ntp, self.anchors.repeat_interleave(self.k, dim=0)])
+
+    @cached_property
+    def document(self) -> Tensor | None:
+        """(T, B) the row at which the row's document begins, None if all begin at row 0."""
+        return None if self.first is None else self.first.gather(0, self.row_of)
+
+    @cached_property
     def position_offset(self) -> Tensor:
         """(T, B) position minus n."""
-        ntp = torch.arange(self.num_ntp, device=self.anchors.device).unsqueeze(1).expand(-1, self.batch)
-        masks = self.anchors.repeat_interleave(self.k, dim=0) + self.slot[self.num_ntp :].unsqueeze(1)
-        return torch.cat([ntp, masks])
+        offset = self.row_of + self.slot.unsqueeze(1)
+        return offset if self.document is None else offset - self.document
 
     @cached_property
     def visible_offset(self) -> Tensor:
         """(T, B) number of visible NTP keys minus n."""
-        return torch.cat([self.position_offset[: self.num_ntp], self.anchors.repeat_interleave(self.k, dim=0)]) + 1
+        return self.row_of + 1
 
-    def at(self, ids: Tensor, start: list[int], vocab_size: int = 0) -> "Rows":
+    def at(self, ids: Tensor, start: list[int] | Tensor, vocab_size: int = 0, num_keys: int | None = None) -> "Rows":
         """The rows of this layout for NTP tokens `ids` (num_ntp, B) after `start[b]` committed tokens of sequence b.
 
-        Mask j's id is vocab_size + j - 1: the masks' embeddings stand behind the vocabulary's.
+        Mask j's id is vocab_size + j - 1: the masks' embeddings stand behind the vocabulary's. A `start` that is a tensor (B,)
+        stays on its device, unread; then num_keys says below which column all keys will be, whatever it holds.
         """
         if tuple(ids.shape) != (self.num_ntp, self.batch):
             raise ValueError(f"ids have shape {tuple(ids.shape)}; accepted is (num_ntp, B) = {(self.num_ntp, self.batch)}")
         if len(start) != self.batch:
             raise ValueError(f"start has {len(start)} lengths; accepted is one for each of {self.batch} sequences")
+        on_device = isinstance(start, Tensor)
+        if on_device == (num_keys is None):
+            raise ValueError(f"num_keys is {num_keys}; accepted is a number with a start on the device, None with lengths that are known")
         if self.num_masks:
             mask_ids = (self.slot[self.num_ntp :] + (vocab_size - 1)).unsqueeze(1).expand(-1, self.batch)
             ids = torch.cat([ids, mask_ids])
-        n = start[0] if len(set(start)) == 1 else torch.tensor(start, device=self.anchors.device)
+        if on_device:
+            n, mask_start = start, start + self.num_ntp
+        else:
+            n = start[0] if len(set(start)) == 1 else torch.tensor(start, device=self.anchors.device)
+            start, mask_start = tuple(start), tuple(s + self.num_ntp for s in start)
+            num_keys = max(mask_start) + self.num_masks
         return Rows(
             ids=ids,
             positions=self.position_offset + n,
             visible=self.visible_offset + n,
+            first=self.document,
             block=self.block,
             slot=self.slot,
             num_ntp=self.num_ntp,
             k=self.k,
-            start=tuple(start),
-            mask_start=tuple(s + self.num_ntp for s in start),
+            start=start,
+            mask_start=mask_start,
+            num_keys=num_keys,
         )
 
 
@@ -133,20 +156,24 @@ class Layout:
 class Rows:
     """The rows of one pass, NTP rows first. T = num_ntp + masks.
 
-    ids: (T, B), masks numbered behind the vocabulary. positions: (T, B). visible: (T, B), how many NTP keys a row sees.
-    block, slot: (T,), see `mtp_kernels.AttentionRule`. start: committed tokens of each sequence, where this pass's K/V
-    are written. mask_start: the cache column of each sequence's first mask.
+    ids: (T, B), masks numbered behind the vocabulary. positions: (T, B). visible, first: (T, B), a row sees the NTP keys at
+    columns first to visible - 1 (first None: from 0). block, slot: (T,), see `mtp_kernels.AttentionRule`. start: committed tokens
+    of each sequence, where this pass's K/V are written. mask_start: the cache column of each sequence's first mask. Both are numbers
+    that the host knows, or tensors (B,) on the device. num_keys: every key's column is below it. gated: False puts the adapter on every row.
     """
 
     ids: Tensor
     positions: Tensor
     visible: Tensor
+    first: Tensor | None
     block: Tensor
     slot: Tensor
     num_ntp: int
     k: int
-    start: tuple[int, ...]
-    mask_start: tuple[int, ...]
+    start: tuple[int, ...] | Tensor
+    mask_start: tuple[int, ...] | Tensor
+    num_keys: int
+    gated: bool = True
 
     @property
     def num_masks(self) -> int:
@@ -155,32 +182,37 @@ class Rows:
     @property
     def gate(self) -> int | None:
         """First gate-on row of the flattened (T * B) rows: the gate that `gated_lora_linear` takes."""
+        if not self.gated:
+            return 0
         return self.num_ntp * self.ids.shape[1] if self.num_masks else None
 
     @cached_property
     def rule(self) -> AttentionRule:
+        known = isinstance(self.mask_start, tuple)
         return AttentionRule(
             visible=self.visible,
             block=self.block,
             slot=self.slot,
-            mask_start=torch.tensor(self.mask_start, device=self.ids.device),
+            mask_start=torch.tensor(self.mask_start, device=self.ids.device) if known else self.mask_start,
             num_masks=self.num_masks,
-            num_keys=max(self.mask_start) + self.num_masks,
+            num_keys=self.num_keys,
             block_size=self.k if self.num_masks else 0,
+            first=self.first,
         )
 
     def ntp_rows(self) -> "Rows":
         """The NTP rows alone: a pass of its own, since they never see a mask."""
-        return self._part(slice(0, self.num_ntp), self.num_ntp, self.start)
+        return self._part(slice(0, self.num_ntp), self.num_ntp, self.start, self.num_keys - self.num_masks)
 
     def mask_rows(self) -> "Rows":
         """The mask rows alone, for a cache that already holds the NTP rows' keys."""
-        return self._part(slice(self.num_ntp, None), 0, self.mask_start)
+        return self._part(slice(self.num_ntp, None), 0, self.mask_start, self.num_keys)
 
-    def _part(self, rows: slice, num_ntp: int, start: tuple[int, ...]) -> "Rows":
+    def _part(self, rows: slice, num_ntp: int, start: tuple[int, ...] | Tensor, num_keys: int) -> "Rows":
         return replace(
             self, ids=self.ids[rows], positions=self.positions[rows], visible=self.visible[rows],
-            block=self.block[rows], slot=self.slot[rows], num_ntp=num_ntp, start=start,
+            first=None if self.first is None else self.first[rows], block=self.block[rows], slot=self.slot[rows],
+            num_ntp=num_ntp, start=start, num_keys=num_keys,
         )  # fmt: skip
 
 
@@ -215,11 +247,22 @@ def prefill_layout(lengths: list[int], k: int, device: str | torch.device = "cpu
     return Layout(max(lengths), k, torch.tensor([[n - 1 for n in lengths]], device=device))
 
 
-def training_layout(length: int, anchors: Tensor, k: int) -> Layout:
-    """Texts padded to `length` NTP rows and a block after each anchor; anchors: (A, B) int64, row numbers below length."""
+def training_layout(length: int, anchors: Tensor, k: int, first: Tensor | None = None) -> Layout:
+    """Texts padded to `length` NTP rows and a block after each anchor; anchors: (A, B) int64, row numbers below length.
+
+    first: (length, B) int64, where several documents stand in one sequence: the row at which each row's document begins.
+    Documents do not see each other, and positions begin anew in each.
+    """
     _check_k(k)
     if anchors.ndim != 2 or anchors.dtype != torch.int64:
         raise ValueError(f"anchors have shape {tuple(anchors.shape)}, {anchors.dtype}; accepted is (A, B) torch.int64")
     if anchors.numel() and not (0 <= int(anchors.min()) and int(anchors.max()) < length):
         raise ValueError(f"anchors lie in [{int(anchors.min())}, {int(anchors.max())}]; accepted are rows 0 to {length - 1}")
-    return Layout(length, k, anchors)
+    if first is not None:
+        rows = torch.arange(length, device=anchors.device).unsqueeze(1)
+        if first.shape != (length, anchors.shape[1]) or first.dtype != torch.int64 or not bool(((first >= 0) & (first <= rows)).all()):
+            raise ValueError(
+                f"first has shape {tuple(first.shape)}, {first.dtype}; accepted is (length, B) = {(length, anchors.shape[1])} torch.int64, "
+                "each entry from 0 to its own row"
+            )
+    return Layout(length, k, anchors, first)

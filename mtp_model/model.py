@@ -1,5 +1,7 @@
 """The model: a frozen Llama-family base, and the adapter (masks, gated LoRA, sampler) that can be put on it."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from mtp_kernels import rotary_frequencies, swiglu, unchecked
 from mtp_kernels.nn import RMSNorm, SamplerHead
 from mtp_model.cache import KVCache
 from mtp_model.config import ModelConfig, MTPConfig
-from mtp_model.layers import DecoderLayer
+from mtp_model.layers import STACKS, DecoderLayer
 from mtp_model.layout import Rows
 
 
@@ -17,6 +19,7 @@ class MTPModel(nn.Module):
 
     `forward` takes the `Rows` of any pass and a cache and returns hidden states after the final norm, (T, B, d).
     Base parameters are frozen; the adapter's require gradients (the masks by option). implementation: see `use`.
+    kept_steps: decoding steps kept for the next text, see `mtp_model.static`.
     """
 
     def __init__(self, config: ModelConfig, device=None, dtype: torch.dtype | None = None, implementation: str | None = None):
@@ -46,15 +49,24 @@ class MTPModel(nn.Module):
         """
         if implementation is not None and self.device.type != "meta":
             swiglu(torch.zeros(1, 2, device=self.device), implementation=implementation)  # says why, if it cannot
+        self.kept_steps = {}
         self.implementation, self.operations = implementation, unchecked(implementation, self.device)  # every shape follows from the config
         for module in self.modules():
             if hasattr(module, "operations"):
                 module.operations = self.operations
         return self
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"kept_steps": {}}  # a copy has other tensors than those that a captured step works on
+
     def _apply(self, fn, recurse=True):  # .to(), .cuda() and their like: the device may be another
         super()._apply(fn, recurse)
         return self.use(self.implementation)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the model computes with the Triton kernels."""
+        return self.operations.linear_argmax is not unchecked("reference").linear_argmax
 
     @staticmethod
     def _frequencies(config: ModelConfig) -> Tensor:
@@ -88,13 +100,16 @@ class MTPModel(nn.Module):
         masks = torch.randn(shape, generator=generator) * self.embed.float().std().cpu()
         self.masks = nn.Parameter(masks.to(self.device, dtype), requires_grad=train_masks)
         for layer in self.layers:
-            for module in layer.adapted().values():
-                module.add_adapter(mtp.rank, mtp.alpha, dtype, generator)
+            for name, module in layer.adapted().items():
+                targets = tuple(projection in mtp.target_modules for projection in STACKS[name])
+                if any(targets):
+                    module.add_adapter(mtp.rank, mtp.alpha, dtype, generator, targets)
         if mtp.sampler:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 self.sampler = SamplerHead(self.config.hidden_size).to(self.device, dtype)
         self.mtp = mtp
+        self.use(self.implementation)  # the new sampler too
 
     def remove_adapter(self) -> None:
         """Take the adapter off; what remains is the base model as it was."""
@@ -102,6 +117,11 @@ class MTPModel(nn.Module):
             for module in layer.adapted().values():
                 module.remove_adapter()
         self.masks, self.sampler, self.mtp = None, None, None
+
+    def recompute_activations(self, on: bool = True) -> None:
+        """Keep one tensor per layer for the backward pass and run each layer again there: less memory, more time."""
+        for layer in self.layers:
+            layer.recompute = on
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Every adapter parameter by name: masks, layers.N.*.lora_A / lora_B, sampler.*."""
@@ -119,6 +139,8 @@ class MTPModel(nn.Module):
     def forward(self, rows: Rows, cache: KVCache) -> Tensor:
         if rows.num_masks and self.mtp is None:
             raise ValueError("the pass has mask rows and the model no adapter; add_adapter() or load_adapter() gives it one")
+        if self.mtp is not None and not self.mtp.gated:
+            rows = replace(rows, gated=False)
         x = self.embed_rows(rows)
         cos, sin = self.operations.rotary_tables(rows.positions, self.frequencies, x.dtype)
         for layer in self.layers:
@@ -129,6 +151,10 @@ class MTPModel(nn.Module):
         """(..., V) logits of hidden states (..., d)."""
         return self.operations.gated_lora_linear(z, self.lm_head)
 
+    def greedy(self, z: Tensor) -> Tensor:
+        """(...) the most likely next token, the lowest id on a tie, of hidden states (..., d)."""
+        return self.operations.linear_argmax(z, self.lm_head)
+
     def draft(self, z: Tensor, first: Tensor, use_sampler: bool = True, candidates: int | None = None) -> Tensor:
         """(B, k) draft tokens from the states z (B, k, d) of a block's masks and the token before them, first (B,).
 
@@ -136,4 +162,4 @@ class MTPModel(nn.Module):
         """
         if use_sampler and self.sampler is not None:
             return self.sampler.draft(z, first, self.embed, self.lm_head, candidates)
-        return self.logits(z).argmax(-1)
+        return self.greedy(z)

@@ -74,11 +74,11 @@ def toy_model(make_hf_dir):
 
 @pytest.fixture
 def toy_adapter_model(make_hf_dir):
-    """toy_adapter_model(k=8, rank=4, sampler=True, **config) -> a loaded model with a random adapter."""
+    """toy_adapter_model(k=8, rank=4, sampler=True, adapter={}, **config) -> a loaded model with a random adapter."""
 
-    def make(k=8, rank=4, sampler=True, name="base", train_masks=False, **config):
+    def make(k=8, rank=4, sampler=True, name="base", train_masks=False, adapter=(), **config):
         model = load_model(make_hf_dir(name, **config))
-        model.add_adapter(MTPConfig(k, rank, alpha=2.0 * rank, sampler=sampler), train_masks=train_masks)
+        model.add_adapter(MTPConfig(k, rank, alpha=2.0 * rank, sampler=sampler, **dict(adapter)), train_masks=train_masks)
         return randomise_adapter(model)
 
     return make

@@ -12,7 +12,7 @@ from mtp_model.cache import KVCache
 from mtp_model.checkpoint import export_adapter
 from mtp_model.data import Example, collate
 from mtp_model.layout import prefill_layout
-from mtp_model.loss import choose_anchors, mtp_loss
+from mtp_model.loss import choose_anchors, mtp_loss, report
 
 LENGTHS = (9, 6, 12)
 
@@ -28,7 +28,7 @@ def make_examples(seed=0, vocab=6, answers=None):
     return examples
 
 
-def dense_llama(base, adapter, config, scale, ids, masks):
+def dense_llama(base, adapter, config, scale, ids, masks, gated=True):
     """Final states (T, d) of tokens `ids` and of mask rows, given as (anchor, j) pairs."""
     n, total = len(ids), len(ids) + len(masks)
     position = torch.tensor(list(range(n)) + [a + j for a, j in masks])
@@ -39,7 +39,7 @@ def dense_llama(base, adapter, config, scale, ids, masks):
         if r >= n:
             for c, (a, j) in enumerate(masks):
                 allowed[r, n + c] = a == masks[r - n][0] and j <= masks[r - n][1]
-    on = (torch.arange(total) >= n).unsqueeze(1)
+    on = (torch.arange(total) >= (n if gated else 0)).unsqueeze(1)
     rotary = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).double() / config.head_dim)
     angle = torch.cat([position.unsqueeze(1) * rotary] * 2, dim=1)
 
@@ -74,9 +74,9 @@ def dense_llama(base, adapter, config, scale, ids, masks):
     return norm(x, base["model.norm.weight"])
 
 
-def oracle_loss(base, adapter, model, examples, anchors, mask_decay, lcm_weight):
+def oracle_loss(base, adapter, model, examples, anchors, mask_decay=1.0, lcm_weight=1.0, soft_targets=0.0, masks=None):
     """anchors[b]: the anchors of sequence b. Everything by loops over rows, in double precision."""
-    k, scale = model.mtp.num_masks, model.mtp.alpha / model.mtp.rank
+    k, scale = masks or model.mtp.num_masks, model.mtp.alpha / model.mtp.rank
     table, head = base["model.embed_tokens.weight"], base["lm_head.weight"]
     d = table.shape[1]
 
@@ -87,14 +87,18 @@ def oracle_loss(base, adapter, model, examples, anchors, mask_decay, lcm_weight)
             h = F.layer_norm(h, (d,), adapter[f"sampler.norm{part}.weight"], adapter[f"sampler.norm{part}.bias"])
         return h
 
-    def entropy(state, label):
-        return -(head @ state).log_softmax(-1)[label]
+    def entropy(state, label, teacher=None):
+        logs = (head @ state).log_softmax(-1)
+        hard = -logs[label]
+        if teacher is None or not soft_targets:
+            return hard
+        return (1 - soft_targets) * hard - soft_targets * ((head @ teacher.detach()).softmax(-1) * logs).sum()
 
     weighted, divisor, lcm = 0.0, 0.0, []
     for example, chosen in zip(examples, anchors, strict=True):
         ids, answer, n = example.ids.tolist(), example.answer.tolist(), len(example.ids)
         masks = [(a, j) for a in chosen for j in range(1, k + 1)]
-        z = dense_llama(base, adapter, model.config, scale, ids, masks)
+        z = dense_llama(base, adapter, model.config, scale, ids, masks, model.mtp.gated)
         rows = [(t, t, 1.0) for t in range(n)]
         rows += [(n + i, a + j, mask_decay ** (j - 1)) for i, (a, j) in enumerate(masks)]
         errors = {}
@@ -102,9 +106,9 @@ def oracle_loss(base, adapter, model, examples, anchors, mask_decay, lcm_weight)
             if position + 1 >= n or not answer[position + 1]:
                 continue
             label = ids[position + 1]
-            value = entropy(z[row], label)
+            value = entropy(z[row], label, z[position] if row >= n else None)
             if model.sampler is not None:
-                value = value + entropy(sampler(ids[position], z[row]), label)
+                value = value + entropy(sampler(ids[position], z[row]), label, z[position])
             weighted, divisor = weighted + weight * value, divisor + weight
             if row >= n:
                 errors.setdefault(position, []).append((z[position].detach() - z[row]).pow(2).mean())
@@ -127,6 +131,11 @@ def candidates(example):
         (2, dict(anchors_per_sequence=5, mask_decay=0.8), dict(num_key_value_heads=4)),
         (3, dict(sampler=False, lcm_weight=0.0), {}),
         (16, dict(lcm_weight=3.0), {}),
+        (3, dict(soft_targets=1.0), {}),
+        (2, dict(soft_targets=0.25, mask_decay=0.5), dict(num_key_value_heads=1)),
+        (3, dict(masks=2, mask_decay=0.7), {}),
+        (2, {}, dict(adapter=dict(gated=False))),
+        (2, dict(soft_targets=0.5, anchors_per_sequence=2), dict(adapter=dict(gated=False))),
     ],
 )
 def test_loss_and_gradients(toy_adapter_model, tmp_path, k, options, config):
@@ -134,21 +143,20 @@ def test_loss_and_gradients(toy_adapter_model, tmp_path, k, options, config):
     model = toy_adapter_model(k=k, rank=3, sampler=options.pop("sampler", True), train_masks=True, **config)
     examples = make_examples()
     batch = collate(examples)
-    limit = options.get("anchors_per_sequence")
+    limit = options.pop("anchors_per_sequence", None)
     if limit is None:
         anchors = [candidates(e) for e in examples]
     else:
-        chosen, real = choose_anchors(batch, limit, torch.Generator().manual_seed(4))
+        options["anchors"] = chosen, real = choose_anchors(batch, limit, torch.Generator().manual_seed(4))
         anchors = [chosen[real[:, b], b].tolist() for b in range(len(examples))]
         assert min(map(len, anchors)) >= min(2, limit) and max(map(len, anchors)) == limit
-    losses = mtp_loss(model, batch, generator=torch.Generator().manual_seed(4), **options)
+    losses = mtp_loss(model, batch, **options)
     losses.total.backward()
 
     base = {n: t.double() for n, t in load_file(tmp_path / "base" / "model.safetensors").items()}
     adapter = {n: t.double().requires_grad_() for n, t in export_adapter(model).items()}
-    expected = oracle_loss(
-        base, adapter, model, examples, anchors, options.get("mask_decay", 1.0), options.get("lcm_weight", 1.0)
-    )
+    options.pop("anchors", None)
+    expected = oracle_loss(base, adapter, model, examples, anchors, **options)
     expected.backward()
     torch.testing.assert_close(losses.total.double(), expected, rtol=1e-5, atol=1e-5)
     with torch.no_grad():  # the gradients in the parameters' places, to have them by the adapter's names
@@ -156,7 +164,7 @@ def test_loss_and_gradients(toy_adapter_model, tmp_path, k, options, config):
             parameter.copy_(parameter.grad)
     for name, gradient in export_adapter(model).items():
         wanted = adapter[name].grad
-        if k <= max(LENGTHS):
+        if k <= max(LENGTHS) and "masks" not in options:
             assert wanted.abs().max() > 0, name
         tolerance = 2e-4 * float(wanted.abs().max()) + 1e-6
         torch.testing.assert_close(gradient.double(), wanted, rtol=1e-3, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
@@ -165,7 +173,9 @@ def test_loss_and_gradients(toy_adapter_model, tmp_path, k, options, config):
 def test_logged_numbers(toy_adapter_model):
     model = toy_adapter_model(k=3, rank=3)
     examples = make_examples()
-    losses = mtp_loss(model, collate(examples))
+    total = mtp_loss(model, collate(examples))
+    losses = report(total.sums, sampler=True)
+    assert losses.loss == pytest.approx(float(total.total.detach()))
     pairs = [(e, p, j) for e in examples for p in candidates(e) for j in (1, 2, 3)]
     labelled = [(e, p, j) for e, p, j in pairs if p + j + 1 < len(e.ids) and e.answer[p + j + 1]]
     assert losses.rows == len(labelled)
@@ -175,7 +185,7 @@ def test_logged_numbers(toy_adapter_model):
         for value, count in zip(share, counts, strict=True):
             assert 0 <= value <= 1 and abs(value * count - round(value * count)) < 1e-3 * count
     parts = losses.base * losses.rows + losses.sampler * losses.rows
-    assert float(losses.total.detach()) > parts / (losses.rows + 40) and losses.ntp > 0 and losses.lcm > 0
+    assert losses.loss > parts / (losses.rows + 40) and losses.ntp > 0 and losses.lcm > 0
 
 
 def test_padding_does_not_matter(toy_adapter_model):
@@ -244,3 +254,64 @@ def test_subsets_differ_between_seeds():
     subsets = {tuple(choose_anchors(batch, 5, torch.Generator().manual_seed(s))[0][:, 0].tolist()) for s in range(8)}
     assert len(subsets) == 8
     assert all(tuple(sorted(s)) == s for s in subsets)
+
+
+def test_packed_documents_are_documents(toy_adapter_model):
+    """Several documents in one sequence give the loss and the gradients of each in one of its own."""
+    model = toy_adapter_model(k=3, rank=3, train_masks=True)
+    one, two, three = make_examples()
+    results = []
+    for sequences in ([[one], [two], [three]], [[one, two], [three]], [[three, one, two]]):
+        losses = mtp_loss(model, collate(sequences), soft_targets=0.5)
+        losses.total.backward()
+        results.append((losses.sums, {n: p.grad.clone() for n, p in model.adapter_parameters().items()}))
+        model.zero_grad()
+    for sums, gradients in results[1:]:
+        torch.testing.assert_close(sums, results[0][0], rtol=1e-5, atol=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, results[0][1][name], rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_parts_of_a_batch_add_up(toy_adapter_model):
+    """What two processes with a part of the sequences each would add is the batch's loss, counts and gradient."""
+    model = toy_adapter_model(k=2)
+    batch = collate(make_examples() + make_examples(1))
+    chosen, real = choose_anchors(batch)
+    whole = mtp_loss(model, batch)
+    whole.total.backward()
+    gradients = {n: p.grad.clone() for n, p in model.adapter_parameters().items() if p.grad is not None}
+    model.zero_grad()
+    parts, counts = [slice(0, 2), slice(2, 6)], []
+    for number in (0, 1):  # the first round learns what all_sum has to give
+        sums = torch.zeros_like(whole.sums)
+        for part in parts:
+            share = type(batch)(batch.ids[:, part], batch.answer[:, part], None, batch.lengths[part])
+            add = (lambda tensor: counts.append(tensor.clone()) or tensor) if not number else lambda tensor: sum(counts)
+            losses = mtp_loss(model, share, anchors=(chosen[:, part], real[:, part]), all_sum=add)
+            sums += losses.sums
+            if number:
+                losses.total.backward()
+    torch.testing.assert_close(sums, whole.sums, rtol=1e-6, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.adapter_parameters()[name].grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_recomputed_activations_change_no_gradient(toy_adapter_model):
+    model = toy_adapter_model(k=2)
+    gradients = []
+    for on in (False, True):
+        model.recompute_activations(on)
+        mtp_loss(model, collate(make_examples())).total.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.adapter_parameters().items() if p.grad is not None})
+        model.zero_grad()
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_an_ungated_adapter_changes_ordinary_rows(toy_adapter_model):
+    model = toy_adapter_model(k=2, adapter=dict(gated=False))
+    rows = prefill_layout([4], 0).at(torch.tensor([[1], [3], [5], [2]]), [0])
+    with torch.no_grad():
+        changed = model(rows, KVCache(model.config, 1, 8))
+        model.remove_adapter()
+        assert not torch.allclose(changed, model(rows, KVCache(model.config, 1, 8)), atol=1e-2)

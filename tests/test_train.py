@@ -16,12 +16,14 @@ import torch
 from conftest import save_hf
 from safetensors.torch import load_file
 
-from mtp_model import MTPConfig, TrainConfig, Trainer, load_model
+from mtp_model import MTPConfig, TrainConfig, Trainer, generate, load_adapter, load_model
 from mtp_model.__main__ import main
+from mtp_model.batches import batch_indices
 from mtp_model.cache import KVCache
-from mtp_model.data import Example, batch_indices, collate
+from mtp_model.data import Example, collate
 from mtp_model.layout import prefill_layout
 from mtp_model.loss import mtp_loss
+from mtp_model.train import Evaluation, TrainingFailed
 
 ROOT = Path(__file__).resolve().parents[1]
 MTP = MTPConfig(2, 3)
@@ -39,9 +41,9 @@ def settings(**changes):
 
 
 def log_of(directory):
-    """The log's records without the clock."""
+    """The log's records without what the machine decides."""
     records = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+    return [{k: v for k, v in record.items() if k not in ("seconds", "tokens_per_second", "memory_mib")} for record in records]
 
 
 def same_adapter(a, b):
@@ -53,7 +55,13 @@ def same_adapter(a, b):
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("train") / "model"
     save_hf(directory, seed=2)
-    return load_model(directory)
+    model = load_model(directory)
+    model.directory = directory
+    return model
+
+
+def fresh(model):
+    return load_model(model.directory)
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +162,73 @@ def test_loss_falls_on_repetitive_text(model, tmp_path):
     assert records[-1]["ntp"] == records[0]["ntp"]
 
 
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("o_proj", "up_proj", "down_proj"), ("gate_proj",)])
+def test_target_modules(model, tmp_path, targets):
+    """Only the projections asked for are trained and written; an adapter of them loads and decodes as the trained model does."""
+    mtp = MTPConfig(2, 3, target_modules=targets)
+    trainer = Trainer(model, examples(), mtp, settings(), tmp_path / "run")
+    assert trainer.run()
+    tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert {name.split(".")[2] for name in tensors if "lora_" in name} == set(targets)
+    assert all(tensors[n].any() for n in tensors if n.endswith("lora_B"))
+    expected = generate(model, [[1, 2, 3]], max_new_tokens=9)
+    again = load_adapter(tmp_path / "run").apply(fresh(model))
+    assert again.mtp.target_modules == mtp.target_modules
+    result = generate(again, [[1, 2, 3]], max_new_tokens=9)
+    assert result.tokens == expected.tokens and result.stats.accepted == expected.stats.accepted
+    resumed = Trainer(model, examples(), mtp, settings(), tmp_path / "run", resume=True)
+    assert resumed.run()
+
+
+@pytest.mark.parametrize("recipe", [dict(soft_targets=0.5, drop_masks=0.7), dict(pack_length=20, buckets=False), dict(buckets=True, train_masks=True)], ids=str)
+def test_recipes_resume_to_the_same_bits(model, tmp_path, recipe):
+    whole = Trainer(model, examples(), MTP, settings(**recipe), tmp_path / "whole")
+    assert whole.run()
+    trainer = Trainer(model, examples(), MTP, settings(**recipe), tmp_path / "cut")
+    for _ in range(5):
+        trainer.train_step()
+    trainer.save()
+    assert Trainer(model, examples(), MTP, settings(**recipe), tmp_path / "cut", resume=True).run()
+    assert same_adapter(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_dropped_masks(model, tmp_path):
+    trainer = Trainer(model, examples(), MTPConfig(4, 2), settings(drop_masks=0.5), tmp_path)
+    masks = [trainer._pass(number)[1]["masks"] for number in range(60)]
+    assert 15 <= sum(k < 4 for k in masks) <= 45 and set(masks) == {1, 2, 3, 4}
+
+
+def test_held_out_evaluation(model, tmp_path):
+    """Real decoding of the prompts: what generate() would say of the adapter at that step; the training is not disturbed."""
+    evaluation = Evaluation(((1, 2, 3), (4, 0), (5, 5, 1)), every=5, max_new_tokens=8, batch=2)
+    trainer = Trainer(model, examples(), MTP, settings(), tmp_path / "with", evaluation=evaluation)
+    assert trainer.run()
+    assert Trainer(model, examples(), MTP, settings(), tmp_path / "without").run()
+    assert same_adapter(tmp_path / "with", tmp_path / "without")
+    found = [json.loads(line) for line in (tmp_path / "with" / "log.jsonl").read_text().splitlines()]
+    found = {record["step"]: record["evaluation"] for record in found if "evaluation" in record}
+    assert list(found) == [5, 10, 12]
+    stats = generate(model, [[1, 2, 3], [4, 0], [5, 5, 1]], max_new_tokens=8).stats
+    assert found[12]["tokens_per_step"] == pytest.approx(stats.tokens_per_step, abs=1e-4)
+    assert found[12]["mean_tokens_per_step"] == pytest.approx(stats.mean_tokens_per_step, abs=1e-4)
+    with pytest.raises(ValueError, match="no prompts"):
+        Evaluation((), 5)
+    with pytest.raises(ValueError, match="every is 0"):
+        Evaluation(((1,),), 0)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(model, tmp_path):
+    trainer = Trainer(model, examples(), MTP, settings(save_every=2), tmp_path)
+    for _ in range(3):
+        trainer.train_step()
+    trainer.save()
+    with torch.no_grad():
+        model.layers[0].o_proj.lora_A[0, 0] = float("nan")
+    with pytest.raises(TrainingFailed, match="the loss is nan .* at step 4"):
+        trainer.run()
+    assert Trainer(model, examples(), MTP, settings(save_every=2), tmp_path, resume=True).step == 3
+
+
 def test_accumulation(model, tmp_path):
     """A step of two passes reports the mean loss of both, and moves along the mean of their gradients."""
     config = settings(accumulate=2, clip=1e9, anchors_per_sequence=None)
@@ -201,7 +276,7 @@ def test_learning_rate_is_used(model, tmp_path):
     "name, value",
     [("steps", 0), ("batch_size", 0), ("accumulate", 0), ("save_every", 0), ("log_every", 0),
      ("anchors_per_sequence", 0), ("lr", 0.0), ("lr", float("nan")), ("clip", 0.0), ("mask_decay", 0.0),
-     ("mask_decay", 1.5), ("warmup", -1),
+     ("mask_decay", 1.5), ("warmup", -1), ("soft_targets", 1.1), ("drop_masks", -0.1), ("pack_length", 2),
      ("decay", -0.1), ("decay", 1.1), ("weight_decay", -1.0), ("lcm_weight", -1.0)],
 )  # fmt: skip
 def test_settings_are_checked(name, value):

@@ -1,0 +1,99 @@
+"""The frozen model's own answers to the prompts of a data set: training data that says what the model itself will say.
+
+An adapter learns to foresee the model that it is for, so its own continuations fit better than anybody else's text (self-distillation, as
+Medusa trains its heads: Cai et al. 2024, arXiv 2401.10774, section 2.3.2). They are greedy, as decoding is, and are written with this
+package's own decoding: several tokens per step once there is an adapter, and the same text without one.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mtp_model.decode import generate
+from mtp_model.layout import MODES
+from mtp_model.model import MTPModel
+from mtp_model.prompts import read_prompts
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """batch: prompts decoded side by side. mode, k, max_new_tokens: see `mtp_model.Decoding`; the text does not depend on the
+    first two."""
+
+    batch: int = 16
+    mode: str = "autoregressive"
+    k: int | None = None
+    max_new_tokens: int = 512
+
+    def __post_init__(self):
+        for name in ("batch", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted is 1 or more")
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}; accepted are {', '.join(MODES)}")
+
+
+def write_answers(model: MTPModel, prompts: list[list[int]], out: str | Path, options: AnswerOptions) -> Iterator[int]:
+    """Write a line {"prompt_ids", "response_ids"} for each prompt to `out`, in order; yields how many lines stand after each batch.
+
+    A file that holds some lines already is continued; what an interruption cut off is written again. Raises ValueError if its
+    lines are not answers to these prompts.
+    """
+    out = Path(out)
+    done = _answered(out, prompts) if out.exists() else 0
+    yield done
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "a", encoding="utf-8") as file:
+        for first in range(done, len(prompts), options.batch):
+            batch = prompts[first : first + options.batch]
+            tokens = generate(model, batch, mode=options.mode, k=options.k, max_new_tokens=options.max_new_tokens).tokens
+            lines = [json.dumps({"prompt_ids": p, "response_ids": t}) + "\n" for p, t in zip(batch, tokens, strict=True)]
+            file.write("".join(lines))
+            file.flush()
+            yield first + len(batch)
+
+
+def _answered(out: Path, prompts: list[list[int]]) -> int:
+    """How many prompts `out` answers; a last line that was cut off is removed."""
+    whole, count = 0, 0
+    with open(out, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                same = count < len(prompts) and json.loads(line)["prompt_ids"] == prompts[count]
+            except (ValueError, TypeError, KeyError):
+                same = False
+            if not same:
+                raise ValueError(f"{out}, line {count + 1} is not the answer to prompt {count + 1}; accepted is a new file, or one that these prompts began")
+            whole, count = whole + len(line), count + 1
+    os.truncate(out, whole)
+    return count
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="write several tokens per step with this adapter; the text is the same")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="JSON lines or parquet, as for train; answers in it are left out")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines to write, or to go on with")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts (default: all)")
+    parser.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help='tokens of a {"text"} that are its prompt (default 32)')
+    parser.add_argument("--batch", type=int, default=AnswerOptions.batch, help="prompts decoded side by side (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=AnswerOptions.max_new_tokens, help="default %(default)s")
+    parser.add_argument("--mode", choices=MODES, help="default: linear with an adapter, autoregressive without")
+    parser.add_argument("--k", type=int, help="masks per block (default: the adapter's)")
+
+
+def run(args, model: MTPModel, tokenizer) -> int:
+    mode = args.mode or ("linear" if args.adapter else "autoregressive")
+    options = AnswerOptions(args.batch, mode, args.k, args.max_new_tokens)
+    prompts = read_prompts(args.data, tokenizer, vocab_size=model.config.vocab_size, text_tokens=args.prompt_tokens, limit=args.limit)
+    with tqdm(total=len(prompts), desc="answers", unit="prompt") as bar:
+        for count in write_answers(model, prompts, args.out, options):
+            bar.update(count - bar.n)
+    print(f"{len(prompts)} answers in {args.out}")
+    return 0

@@ -1,0 +1,41 @@
+"""What the command lines share: which model, on what device, in what dtype."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from mtp_model.checkpoint import load_model
+from mtp_model.demo import BASE
+from mtp_model.model import MTPModel
+
+IMPLEMENTATIONS = ("triton", "reference")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> str:
+    """bfloat16 on a GPU that has it, else float32."""
+    return "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
+
+
+def load_tokenizer(directory: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, default=BASE, metavar="DIR", help="Hugging Face directory, Llama family (default: the demo model)")
+    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU that has it, else float32")
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: triton on a GPU, reference on a CPU")
+
+
+def load_asked_model(args: argparse.Namespace, device: str | None = None) -> MTPModel:
+    """The model that `add_model_arguments`' arguments name; device: where to put it, if not where they say."""
+    dtype = DTYPES[args.dtype or default_dtype(args.device)]
+    return load_model(args.model, device=device or args.device, dtype=dtype, implementation=args.implementation)

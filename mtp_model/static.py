@@ -1,0 +1,187 @@
+"""A decoding step of fixed shape, whose lengths and drafts are on the device: verify, accept, commit and draft without the host.
+
+What a step of `decode.Decoding` chooses on the host is data here: a sequence without drafts has its masks after the newest
+token, and its other rows are padding (see `layout`), so every step has the rows of a step with drafts. On a GPU it is captured as a
+CUDA graph at its first run and replayed, and the host reads what a step wrote while the next one works. The text is the same.
+
+    step = take_step(model, batch, columns, mode, k, ...)
+    step.begin(...)                 # the outcome of a prefill into step.cache
+    read = step.run()               # returns at once
+    outcome = read()                # waits for that run
+    keep_step(step)                 # for the next text of such a shape
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mtp_model.cache import KVCache
+from mtp_model.layout import Layout, decoding_layout
+from mtp_model.model import MTPModel
+
+WARM_UPS = 2  # runs before a capture: kernels are compiled and memory is reserved in them
+KEPT = 2  # steps kept per model, each with its cache
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run's results on the host, one entry per sequence: the tokens that it wrote, how many drafts were accepted, and whether
+    there were any."""
+
+    tokens: list[list[int]]
+    accepted: list[int]
+    drafted: tuple[bool, ...]
+
+
+class StaticStep:
+    """The step for `batch` sequences with caches of `columns` columns. Options as in `decode.Decoding`.
+
+    State, tensors of fixed address: lengths (B,), newest (B,), drafts (B, k), drafted (B,), room (B,), finished (B,).
+    """
+
+    def __init__(
+        self, model: MTPModel, batch: int, columns: int, mode: str, k: int, *, use_sampler: bool = True, draft_candidates: int | None = None,
+        eos: frozenset[int] = frozenset(),
+    ):  # fmt: skip
+        self.model, self.mode, self.k = model, mode, k
+        self.use_sampler, self.draft_candidates = use_sampler, draft_candidates
+        device = model.device
+        self.layout = decoding_layout(mode, k, (True,) * batch, str(device))
+        self.cache = KVCache(model.config, batch, columns, device, model.dtype)
+        self.lengths, self.newest, self.room = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(3))
+        self.drafts = torch.zeros(batch, k, dtype=torch.int64, device=device)
+        self.drafted, self.finished = (torch.zeros(batch, dtype=torch.bool, device=device) for _ in range(2))
+        self.eos = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
+        self.outcome = torch.zeros(batch, k + 4, dtype=torch.int64, device=device)  # predictions | accepted, written, drafted
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.key: tuple | None = None
+        self._runs, self._copies = 0, []
+        if device.type == "cuda":
+            self._copies = [(torch.empty(self.outcome.shape, dtype=torch.int64, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        return self.lengths, self.newest, self.room, self.drafts, self.drafted, self.finished
+
+    def begin(self, lengths: list[int], newest: Tensor, drafts: Tensor | None, drafted: tuple[bool, ...], room: list[int], finished: list[bool]) -> None:
+        """Take over after a prefill that filled the step's cache."""
+        self.lengths.copy_(torch.tensor(lengths))
+        self.newest.copy_(newest)
+        self.drafted.copy_(torch.tensor(drafted))
+        self.room.copy_(torch.tensor(room))
+        self.finished.copy_(torch.tensor(finished))
+        if drafts is not None:
+            self.drafts.copy_(drafts)
+
+    def run(self) -> Callable[[], Outcome]:
+        """One step for every sequence; on a GPU a replay of its graph, which the first run captures. Returns what waits for its
+        outcome; at most one run may be begun before that is read."""
+        if self.model.device.type != "cuda":
+            self._step()
+            found = self._read(self.outcome)
+            return lambda: found
+        if self.graph is None:
+            self._capture()
+        self.graph.replay()
+        copy, event = self._copies[self._runs % 2]
+        self._runs += 1
+        copy.copy_(self.outcome, non_blocking=True)
+        event.record()
+
+        def read() -> Outcome:
+            event.synchronize()
+            return self._read(copy)
+
+        return read
+
+    def _capture(self) -> None:
+        saved = [tensor.clone() for tensor in self.state]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._step()
+                for tensor, value in zip(self.state, saved, strict=True):  # what these runs wrote in the cache, the next one writes again
+                    tensor.copy_(value)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._step()
+
+    def _step(self) -> None:
+        layout = self._layout()
+        z = self.verify(layout)
+        accepted = self.accept_and_commit(z)
+        self.draft(layout, z, accepted)
+
+    def _layout(self) -> Layout:
+        """The step's layout, with the masks of a sequence without drafts after its newest token."""
+        if not self.k:
+            return self.layout
+        return replace(self.layout, anchors=torch.where(self.drafted, self.layout.anchors, 0))
+
+    def verify(self, layout: Layout) -> Tensor:
+        """Hidden states of the newest token, its drafts and the masks behind them."""
+        ids = torch.cat([self.newest.unsqueeze(0), self.drafts.t()])
+        rows = layout.at(ids, self.lengths, self.model.config.vocab_size, num_keys=self.cache.columns)
+        return self.model(rows, self.cache)
+
+    def accept_and_commit(self, z: Tensor) -> Tensor:
+        """Accept the longest prefix that the model would have written itself; its K/V already stand in the cache."""
+        predictions = self.model.greedy(z[: self.layout.num_ntp]).t()  # (B, k + 1)
+        self.outcome[:, -1] = self.drafted
+        accepted, newest, written = self.model.operations.accept_and_commit(
+            self.drafts, predictions, self.drafted * self.k, self.lengths, self.room, self.finished, self.eos
+        )
+        self.newest.copy_(newest)
+        self.outcome[:, : self.k + 1] = predictions
+        self.outcome[:, self.k + 1] = accepted
+        self.outcome[:, self.k + 2] = written
+        return accepted
+
+    def draft(self, layout: Layout, z: Tensor, accepted: Tensor) -> None:
+        """New drafts from the block behind the last accepted token, where there is one."""
+        if not self.k:
+            return
+        states, drafted = drafting_states(layout, z, accepted)
+        self.drafts.copy_(self.model.draft(states, self.newest, self.use_sampler, self.draft_candidates))
+        self.drafted.copy_(drafted)
+
+    def _read(self, outcome: Tensor) -> Outcome:
+        k, rows = self.k, outcome.tolist()
+        return Outcome([row[: row[k + 2]] for row in rows], [row[k + 1] for row in rows], tuple(bool(row[k + 3]) for row in rows))
+
+
+def _key(model: MTPModel, batch: int, options: tuple) -> tuple:
+    """What must be the same for a step to serve again; an adapter that has changed may have been cast to the base's dtype at the capture."""
+    adapter = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.adapter_parameters().values())
+    return batch, options, adapter
+
+
+def take_step(model: MTPModel, batch: int, columns: int, mode: str, k: int, use_sampler: bool, draft_candidates: int | None, eos: frozenset[int]) -> StaticStep:
+    """A step with a cache of at least `columns` columns: one that was kept, or a new one."""
+    key = _key(model, batch, (mode, k, use_sampler, draft_candidates, eos))
+    step = model.kept_steps.pop(key, None)
+    if step is None or step.cache.columns < columns:
+        step = StaticStep(model, batch, columns, mode, k, use_sampler=use_sampler, draft_candidates=draft_candidates, eos=eos)
+        step.key = key
+    return step
+
+
+def keep_step(step: StaticStep) -> None:
+    """Keep the step for the next text; the oldest ones are dropped."""
+    kept = step.model.kept_steps
+    kept[step.key] = step
+    while len(kept) > KEPT:
+        del kept[next(iter(kept))]
+
+
+def drafting_states(layout: Layout, z: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
+    """The states (B, k, d) of each sequence's block behind row `accepted`, and which sequences have one (B,)."""
+    at = layout.anchors == accepted  # (A, B)
+    block = at.to(torch.int64).argmax(0)  # the first such block
+    first = layout.num_ntp + block * layout.k
+    index = first.unsqueeze(1) + torch.arange(layout.k, device=z.device)  # (B, k)
+    return z[index, torch.arange(z.shape[1], device=z.device).unsqueeze(1)], at.any(0)

@@ -1,0 +1,92 @@
+"""A model's own answers: what generate() writes, resumable, and the prompts they are to."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from mtp_model import generate
+from mtp_model.answers import AnswerOptions, write_answers
+from mtp_model.data import read_examples
+from mtp_model.prompts import read_prompts
+
+PROMPTS = [[1, 2, 3], [4], [5, 0, 2, 2], [3, 3], [1]]
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+
+
+@pytest.fixture
+def tokenizer():
+    letters = Tokenizer(models.BPE({c: i for i, c in enumerate("uxyzab")}, []))
+    return PreTrainedTokenizerFast(tokenizer_object=letters, chat_template=TEMPLATE)
+
+
+def written(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("options", [AnswerOptions(2, max_new_tokens=9), AnswerOptions(4, "linear", 3, 9), AnswerOptions(3, "quadratic", max_new_tokens=9)])
+def test_answers_are_greedy_text(shared, tmp_path, options):
+    counts = list(write_answers(shared.model, PROMPTS, tmp_path / "new" / "answers.jsonl", options))
+    assert counts[0] == 0 and counts[-1] == 5
+    expected = generate(shared.model, PROMPTS, mode="autoregressive", max_new_tokens=9).tokens
+    assert written(tmp_path / "new" / "answers.jsonl") == [{"prompt_ids": p, "response_ids": t} for p, t in zip(PROMPTS, expected, strict=True)]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40, 75, 100000])
+def test_interrupted_anywhere(shared, tmp_path, cut):
+    options = AnswerOptions(2, max_new_tokens=6)
+    list(write_answers(shared.model, PROMPTS, tmp_path / "whole", options))
+    whole = (tmp_path / "whole").read_bytes()
+    (tmp_path / "cut").write_bytes(whole[:cut])
+    counts = list(write_answers(shared.model, PROMPTS, tmp_path / "cut", options))
+    assert counts[0] == whole[:cut].count(b"\n") and counts[-1] == 5
+    assert written(tmp_path / "cut") == written(tmp_path / "whole")
+
+
+def test_a_file_of_other_prompts_is_refused(shared, tmp_path):
+    path = tmp_path / "answers"
+    for text in ('{"prompt_ids": [9], "response_ids": [1]}\n', "{}\n", "no json\n"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="line 1 is not the answer to prompt 1"):
+            list(write_answers(shared.model, PROMPTS, path, AnswerOptions()))
+        assert path.read_text() == text
+    with pytest.raises(ValueError, match="batch is 0"):
+        AnswerOptions(0)
+    with pytest.raises(ValueError, match="mode is 'fast'"):
+        AnswerOptions(mode="fast")
+
+
+def test_answers_are_training_data(shared, tmp_path, tokenizer):
+    list(write_answers(shared.model, PROMPTS, tmp_path / "a.jsonl", AnswerOptions(max_new_tokens=6)))
+    examples = read_examples([tmp_path / "a.jsonl"], tokenizer, max_length=50, vocab_size=6)
+    assert [len(e.ids) for e in examples] == [len(p) + 6 for p in PROMPTS] and examples.answers == 30
+
+
+def test_prompts_of_every_form(tmp_path, tokenizer):
+    rows = [
+        {"prompt": "xyz", "response": "zz"}, {"prompt": "x"}, {"prompt_ids": [5, 1]}, {"text": "xyzzyx"},
+        {"messages": [{"role": "user", "content": "xy"}, {"role": "assistant", "content": "zz"}]},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]},
+    ]  # fmt: skip
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = read_prompts([path], tokenizer, vocab_size=6, text_tokens=4)
+    assert prompts[:4] == [[1, 2, 3], [1], [5, 1], [1, 2, 3, 3]]
+    assert prompts[4:] == [[0, 1, 2, 4], [0, 1, 4, 2, 0, 3, 4]]  # u and a stand for the roles
+    assert read_prompts([path], tokenizer, vocab_size=6, limit=2) == prompts[:2]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [('{"prompt": ""}', "line 1"), ('{"prompt_ids": [6]}', "accepted are one or more from 0 to 5"), ('{"other": 1}', "line 1"), ("nonsense", "line 1")],
+)
+def test_broken_prompts(tmp_path, tokenizer, text, message):
+    (tmp_path / "p.jsonl").write_text(text + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_prompts([tmp_path / "p.jsonl"], tokenizer, vocab_size=6)
+    with pytest.raises(ValueError, match="is not a file"):
+        read_prompts([tmp_path / "none"], tokenizer, vocab_size=6)
+    (tmp_path / "p.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="no prompt"):
+        read_prompts([tmp_path / "p.jsonl"], tokenizer, vocab_size=6)
