@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from bench.report import PeakMemory, environment, quartiles, table, write_json
 from mtp_model import Decoding, MTPModel, generate, load_adapter, load_model
-from mtp_model.__main__ import DTYPES, IMPLEMENTATIONS, default_device, default_dtype, load_tokenizer
+from mtp_model.arguments import DTYPES, IMPLEMENTATIONS, default_device, default_dtype, load_tokenizer
 from mtp_model.demo import ABLATION, ADAPTER, BASE, HELD_OUT
 from mtp_model.layout import MODES
 
 AUTOREGRESSIVE = "autoregressive"
 GENERATE, LOOKUP = "transformers generate", "transformers prompt lookup"
 DEFAULT_ROWS = {"linear": (1, 2, 4), "quadratic": (1, 2, 3, 4, 8)}
+ACCEPTANCE = ("tokens per step, pooled", "mean over prompts", "median (quartiles)")
 
 
 @dataclass
@@ -217,6 +218,22 @@ def check(model: MTPModel, prompts: list[list[int]], new_tokens: int, ks: list[i
     return table(["mode", "k", "same text, batch 1", "tokens per step", "same text, batch 4", "tokens per step"], lines), good
 
 
+def acceptance(model: MTPModel, prompts: list[list[int]], new_tokens: int, mode: str, k: int, use_sampler: bool = True, batch: int = 1) -> dict:
+    """Tokens per step of one way of decoding: pooled, and over the prompts mean, median and quartiles."""
+    row = Row(mode, k)
+    for i in tqdm(range(0, len(prompts), batch), desc=f"{mode}, k = {k}", disable=None, leave=False):
+        measure(row, model, None, prompts[i : i + batch], new_tokens, use_sampler=use_sampler)
+    middle, low, high = quartiles(row.per_prompt)
+    return {"mode": mode, "sampler": use_sampler, "k": k, "pooled": row.tokens / row.passes, "mean": sum(row.per_prompt) / len(row.per_prompt),
+            "median": middle, "quartiles": [low, high], "per_prompt": row.per_prompt}  # fmt: skip
+
+
+def acceptance_cells(record: dict) -> list[str]:
+    """What `ACCEPTANCE` heads."""
+    low, high = record["quartiles"]
+    return [f"{record['pooled']:.2f}", f"{record['mean']:.2f}", f"{record['median']:.2f} ({low:.2f} to {high:.2f})"]
+
+
 def ablation(model: MTPModel, prompts: list[list[int]], new_tokens: int, k: int, adapters: list[Path]) -> tuple[str, list[dict]]:
     """Tokens per step of the method's parts, with quartiles over the prompts; leaves the last adapter on the model."""
     lines, records = [], []
@@ -228,16 +245,10 @@ def ablation(model: MTPModel, prompts: list[list[int]], new_tokens: int, k: int,
         lcm, steps = training.get("lcm_weight", 1.0) > 0, training.get("steps_done")
         name = ("with LCM" if lcm else "without LCM") + (f", {steps} steps" if steps else "")
         for mode, sampler in (("linear", False), ("linear", True), ("quadratic", False), ("quadratic", True)):
-            row = Row(mode, k)
-            for prompt in tqdm(prompts, desc=f"{mode}, {name}", disable=None, leave=False):
-                measure(row, model, None, [prompt], new_tokens, use_sampler=sampler)
-            middle, low, high = quartiles(row.per_prompt)
-            mean = sum(row.per_prompt) / len(row.per_prompt)
-            records.append({"mode": mode, "sampler": sampler, "lcm": lcm, "steps": steps, "k": k, "pooled": row.tokens / row.passes,
-                            "mean": mean, "median": middle, "quartiles": [low, high], "per_prompt": row.per_prompt})  # fmt: skip
-            lines.append([f"{mode}, {'with' if sampler else 'without'} sampler, {name}", f"{row.tokens / row.passes:.2f}",
-                          f"{mean:.2f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"])  # fmt: skip
-    return table([f"k = {k}", "tokens per step, pooled", "mean over prompts", "median (quartiles)"], lines), records
+            record = acceptance(model, prompts, new_tokens, mode, k, sampler)
+            records.append(record | {"lcm": lcm, "steps": steps})
+            lines.append([f"{mode}, {'with' if sampler else 'without'} sampler, {name}", *acceptance_cells(record)])
+    return table([f"k = {k}", *ACCEPTANCE], lines), records
 
 
 def shown(value):

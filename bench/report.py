@@ -53,33 +53,38 @@ def environment(device: torch.device) -> dict:
 
 
 class PeakMemory:
-    """Highest memory in use between `with` and its end, in MiB: allocated on a GPU, resident on a CPU.
+    """Highest memory in use between `with` and its end, in MiB: allocated on a GPU, resident on a CPU. before_mib: what was in use at `with`.
 
     Where the system cannot reset the resident peak (not Linux) it is the process's peak so far.
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.mib = device, 0.0
+        self.device, self.mib, self.before_mib = device, 0.0, 0.0
 
     def __enter__(self):
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+            self.before_mib = torch.cuda.memory_allocated(self.device) / 2**20
         else:
             try:
                 Path("/proc/self/clear_refs").write_text("5")
             except OSError:
                 pass
+            self.before_mib = self._resident("VmRSS")
         return self
 
     def __exit__(self, *_):
         if self.device.type == "cuda":
             self.mib = torch.cuda.max_memory_allocated(self.device) / 2**20
             return
+        self.mib = self._resident("VmHWM")
+
+    @staticmethod
+    def _resident(entry: str) -> float:
         try:
-            status = Path("/proc/self/status").read_text()
-            self.mib = int(status.split("VmHWM:")[1].split()[0]) / 1024
+            return int(Path("/proc/self/status").read_text().split(f"{entry}:")[1].split()[0]) / 1024
         except (OSError, IndexError):
-            self.mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
