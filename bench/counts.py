@@ -91,6 +91,49 @@ def attention(rows: int, batch: int, heads: int, kv_heads: int, d: int, keys: in
     return Count(numbers * itemsize + 2 * sums * 4, operations)
 
 
+# ---- a decoding step
+
+
+def rotary_write(m: int, heads: int, kv_heads: int, d: int, itemsize: int) -> Count:
+    """m rows: reads q, k, v and two tables, writes q, and k and v into the cache."""
+    return Count((2 * m * (heads + 2 * kv_heads) * d + 2 * m * d) * itemsize, 3 * m * (heads + kv_heads) * d)
+
+
+def accept_and_commit(b: int, k: int, ends: int) -> Count:
+    """b sequences. int64: drafts, predictions, counts and end-of-texts read, lengths and room read and written, three results written.
+    A comparison per draft, and per prediction and end-of-text."""
+    return Count(8 * (b * (2 * k + 1) + b + ends + 4 * b + 3 * b) + 2 * b, b * k + b * (k + 1) * ends)
+
+
+def linear_argmax(m: int, vocab: int, d: int, itemsize: int) -> Count:
+    """No logits are written: their argmax is the product's epilogue."""
+    return Count((vocab * d + m * d) * itemsize + 8 * m, 2 * m * vocab * d)
+
+
+# ---- a training step's losses
+
+
+def linear_cross_entropy(m: int, vocab: int, d: int, itemsize: int, teacher: bool = False, backward: bool = False) -> Count:
+    """Forward: hidden states, labels, W once; loss and most likely token written. Backward: the gradient of the states, W is frozen.
+
+    Logits stay on the chip. A row's gradient, but for a factor, is made from them, so that they are made once; but it needs their sum over
+    the whole vocabulary first, so that W is read twice. It is what must be kept in between.
+    """
+    states, sources = m * d * itemsize, 1 + teacher
+    count = Count(sources * states + vocab * d * itemsize + 20 * m, sources * (2 * m * vocab * d + m * vocab))
+    if not backward:
+        return count
+    return Count(count.bytes + vocab * d * itemsize + 3 * states + 4 * m, count.operations + 2 * m * vocab * d + m * d)
+
+
+def latent_consistency(m: int, d: int, itemsize: int, backward: bool = False) -> Count:
+    """z and m rows of the target, index and weight read, one number written. Backward: all of them again and that number's gradient; dz."""
+    forward = Count(2 * m * d * itemsize + 12 * m + 4, 3 * m * d)
+    if not backward:
+        return forward
+    return Count(2 * forward.bytes + m * d * itemsize, forward.operations + 2 * m * d)
+
+
 # ---- the plans of gated LoRA
 
 

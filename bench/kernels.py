@@ -1,12 +1,13 @@
 """The kernels against eager PyTorch, torch.compile, PEFT's boolean gather and the base matmul alone.
 
-    python -m bench.kernels [--quick] [--operation NAME ...] [--model NAME ...] [--rows M ...] [--rank R ...] [--dtype NAME]
+    python -m bench.kernels [--quick] [--operation NAME ...] [--model NAME ...] [--rows M ...] [--rank R ...]
+                            [--context N ...] [--dtype NAME]
     python -m bench.kernels --report FILE.json     the Markdown again, from the JSON
 
 On a GPU every competitor is held against float64 first, then timed (`bench.timing`), and its time is set against what this GPU's
-memory and matrix units were measured to do. Without a GPU the same checks run at toy size, and what is printed of the real
-shapes are counts: bytes, operations, and the least time they take by the datasheets of named GPUs. The exit status is 1 if a
-competitor is wrong or fails.
+memory and matrix units were measured to do; another run, not timed, says how much memory it allocates. Without a GPU the same checks
+run at toy size, and what is printed of the real shapes are counts: bytes, operations, and the least time they take by the datasheets
+of named GPUs. The exit status is 1 if a competitor is wrong or fails.
 """
 
 import argparse
@@ -20,27 +21,31 @@ from pathlib import Path
 import torch
 
 from bench import render
-from bench.cases import MODELS, SETTINGS, TOY, TOY_SETTINGS, Case
+from bench.cases import MODELS, SETTINGS, TOY, TOY_SETTINGS, Case, Scope
 from bench.counts import DATASHEETS, GPU
 from bench.measure import check_toys, describe, measure_all
 from bench.report import environment, write_json
+from bench.suite_attention import texts
 from bench.suites import SUITES
 from bench.timing import measured_roofs
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
 RANKS = (16, 64, 128)
-QUICK = dict(model=["Llama-3.1-8B"], rows=[1, 17, 81, 1024], rank=[128])
+CONTEXTS = {n for m in MODELS.values() for n in m.contexts} | {n for s in SETTINGS if s.mode == "training" for n in texts(s)}
+QUICK = dict(model=["Llama-3.1-8B"], rows=[1, 17, 81, 1024, 2048], rank=[128], context=[1024, 2048, 32768])
 
 
 def select(args) -> list[Case]:
-    """The cases that were asked for."""
+    """The cases that were asked for; one that several models share once."""
+    scope = Scope(tuple(args.rank), args.context and tuple(args.context), args.quick)
     settings = [s for s in SETTINGS if args.rows is None or s.rows in args.rows]
     models = [m for name, m in MODELS.items() if args.model is None or name in args.model]
-    return [case for name in args.operation or SUITES for m in models for case in SUITES[name](m, settings, args.rank)]
+    cases = [case for name in args.operation or SUITES for m in models for case in SUITES[name](m, settings, scope)]
+    return list({tuple(describe(case).values()): case for case in cases}.values())
 
 
 def toy_cases(operations: list[str] | None) -> list[Case]:
-    return [case for name in operations or SUITES for case in SUITES[name](TOY, TOY_SETTINGS, (16,))]
+    return [case for name in operations or SUITES for case in SUITES[name](TOY, TOY_SETTINGS, Scope((16,), short=True))]
 
 
 def count_row(case: Case, itemsize: int) -> dict:
@@ -92,9 +97,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--operation", nargs="+", choices=SUITES, help="default: all")
     parser.add_argument("--model", nargs="+", choices=MODELS, help="whose shapes (default: all)")
     parser.add_argument("--rows", nargs="+", type=int, help=f"default: {', '.join(map(str, sorted({s.rows for s in SETTINGS})))}")
-    parser.add_argument("--rank", nargs="+", type=int, help=f"default: {', '.join(map(str, RANKS))}")
+    parser.add_argument("--rank", nargs="+", type=int, help=f"of gated LoRA (default: {', '.join(map(str, RANKS))})")
+    lengths = f"of attention, tokens before a step or of training's text (default: {', '.join(map(str, sorted(CONTEXTS)))})"
+    parser.add_argument("--context", nargs="+", type=int, help=lengths)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="Llama-3.1-8B, rows 1, 17, 81 and 1024, rank 128, without torch.compile, unless named")
+    named = ", ".join(f"--{name} {' '.join(map(str, values))}" for name, values in QUICK.items())
+    parser.add_argument("--quick", action="store_true", help=f"few shapes, without torch.compile; unless named: {named}")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--seconds", type=float, default=0.1, help="of GPU time for a case's rounds (default %(default)s)")
     parser.add_argument("--minutes", type=float, default=9.0, help="no case begins after these (default %(default)s)")
@@ -116,6 +124,8 @@ def main(argv=None) -> int:
     known = {s.rows for s in SETTINGS}
     if args.rows and not set(args.rows) <= known:
         raise ValueError(f"--rows is {args.rows}; accepted are {', '.join(map(str, sorted(known)))}")
+    if args.context and not set(args.context) <= CONTEXTS:
+        raise ValueError(f"--context is {args.context}; accepted are {', '.join(map(str, sorted(CONTEXTS)))}")
     if not all(1 <= rank <= 512 for rank in args.rank):
         raise ValueError(f"--rank is {args.rank}; accepted are 1 to 512")
     gpu, dtype, began = torch.cuda.is_available(), DTYPES[args.dtype], time.monotonic()
@@ -140,6 +150,7 @@ def main(argv=None) -> int:
             values["notes"].append("Checked in float32: Triton's interpreter is wrong in bfloat16.")
         if not ours:
             values["notes"].append("Ours was not checked: that takes a GPU, or Triton installed and TRITON_INTERPRET=1 in the environment.")
+        values["notes"].append("Peak memory was not measured: that takes a GPU.")
         values["rows"] = list(check_toys(toy_cases(args.operation), dtype, ours))
     values["seconds"] = round(time.monotonic() - began, 1)
     print(render.markdown(values, short=gpu))

@@ -8,8 +8,11 @@ from tqdm import tqdm
 
 from bench.cases import BASE, COMPILED, EAGER, FLEX, OURS, Case, Provider
 from bench.counts import GPU
+from bench.report import PeakMemory
 from bench.timing import GPUClock, copies, interleave, percentiles, run_of
 from mtp_kernels.testing import assert_within_budget
+
+PEAK = "peak MiB"
 
 
 def describe(case: Case) -> dict:
@@ -35,19 +38,22 @@ class Check:
         """Whether every result is within the budget, and the largest error in units of the eager formula's."""
         if provider.plain not in self.known:
             exact, eager = (self.case.results(provider.plain, inputs) for inputs in (self.wide, self.inputs))
-            units = [None if e is None else float((p.double() - e).abs().max()) for e, p in zip(exact, eager, strict=True)]
+            pairs = zip(exact, eager, strict=True)
+            units = [float((p.double() - e).abs().max()) if e is not None and e.is_floating_point() else None for e, p in pairs]
             self.known[provider.plain] = list(zip(exact, eager, units, strict=True))
         good, worst = True, 0.0
         results = self.case.results(provider.call, self.inputs)
         for got, (exact, eager, unit) in zip(results, self.known[provider.plain], strict=True):
-            if got is None or exact is None:
-                good, worst = (good, worst) if got is exact else (False, float("inf"))
+            if got is None or exact is None or not exact.is_floating_point():
+                same = got is exact or got is not None and exact is not None and torch.equal(got, exact)
+                good, worst = (good, worst) if same else (False, float("inf"))
                 continue
             try:
                 assert_within_budget(got, exact, eager)
             except AssertionError:
                 good = False
             error = float((got.double() - exact).abs().max()) if got.shape == exact.shape else float("inf")
+            unit = unit or float(torch.finfo(eager.dtype).eps * exact.abs().max())  # where eager is exact, a rounding step
             ratio = error / unit if unit else 0.0 if error == 0 else float("inf")
             worst = ratio if ratio != ratio else max(worst, ratio)  # a NaN stays
         return good, worst
@@ -55,7 +61,7 @@ class Check:
 
 def row(case: Case, provider: Provider, itemsize: int, status: str, error: float | None = None, **measured) -> dict:
     count = case.count(itemsize, provider.adapter)
-    blank = dict.fromkeys(("seconds", "p20", "p80", "bound", "share_of_roof", "over_eager", "of_base", "cold"))
+    blank = dict.fromkeys(("seconds", "p20", "p80", "bound", "share_of_roof", "over_eager", "of_base", "cold", PEAK))
     if error is not None and not abs(error) < float("inf"):  # JSON has no such numbers
         status, error = f"{status}: error is {error}", None
     return describe(case) | dict(provider=provider.name, status=status, error=error, captured=provider.captured,
@@ -85,9 +91,18 @@ def check_toys(cases: list[Case], dtype: torch.dtype, ours: bool) -> Iterator[di
                 yield row(case, provider, dtype.itemsize, why(problem))
 
 
+def peak_mib(case: Case, provider: Provider, inputs: dict, device: torch.device) -> float | None:
+    """What one call allocates at its height beyond what was there before; None without a GPU. The check has warmed everything up."""
+    if device.type != "cuda":
+        return None
+    with PeakMemory(device) as peak:
+        case.run(provider.call, inputs)
+    return round(peak.mib - peak.before_mib, 3)
+
+
 def measure(case: Case, providers: list[Provider], dtype: torch.dtype, device: torch.device, roof: GPU, cache: int, clock, budget: float) -> list[dict]:
     """One row per competitor: checked first, and timed only if right."""
-    rows, runs, calls, errors = {}, {}, {}, {}
+    rows, runs, calls, errors, peaks = {}, {}, {}, {}, {}
     inputs = case.make(device, dtype)
     check = Check(case, inputs)
     for provider in providers:
@@ -103,6 +118,7 @@ def measure(case: Case, providers: list[Provider], dtype: torch.dtype, device: t
         if provider in rows:
             continue
         try:
+            peaks[provider] = peak_mib(case, provider, inputs, device)
             runs[provider], calls[provider] = run_of(lambda i, call=provider.call: case.run(call, i), rotated, provider.captured and device.type == "cuda")
         except Exception as problem:  # noqa: BLE001
             rows[provider] = row(case, provider, dtype.itemsize, why(problem), errors[provider])
@@ -121,6 +137,7 @@ def measure(case: Case, providers: list[Provider], dtype: torch.dtype, device: t
         rows[provider] = row(
             case, provider, dtype.itemsize, "ok", errors[provider], seconds=median, p20=p20, p80=p80, bound=count.bound(roof),
             share_of_roof=count.seconds(roof) / median, over_eager=ratio(EAGER, True), of_base=ratio(BASE, False), cold=cold,
+            **{PEAK: peaks[provider]},
         )  # fmt: skip
     return [rows[p] for p in providers]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bench.cases import BASE, EAGER, OURS
 from bench.counts import DATASHEETS
+from bench.measure import PEAK
 from bench.report import quartiles, table
 from bench.roofline import plot
 
@@ -73,14 +74,15 @@ def checks_table(rows: list[dict]) -> str:
 
 
 def measured_table(rows: list[dict]) -> str:
-    header = ["operation", "rows", "rank", "competitor", "us (20 to 80 %)", "graph", "MB", "GFLOP", "share of roof", "over eager", "of base", "error / eager's"]
+    header = ["operation", "rows", "rank", "competitor", "us (20 to 80 %)", "graph", "MB", "GFLOP"]
+    header += ["share of roof", "over eager", "of base", PEAK, "error / eager's"]
     lines = []
     for r in rows:
         spread = f"{r['seconds'] * 1e6:.1f} ({r['p20'] * 1e6:.1f} to {r['p80'] * 1e6:.1f})" if r["seconds"] else r["status"]
         share = f"{_number(r['share_of_roof'], '.0f', 100)} % {r['bound']}" + ("" if r["cold"] else ", in L2") if r["seconds"] else "-"
         lines.append([
             *_where(r), r["provider"], spread, "yes" if r["captured"] else "no", f"{r['bytes'] / 1e6:.3g}", f"{r['operations'] / 1e9:.3g}", share,
-            _number(r["over_eager"], ".2f") + "x", _number(r["of_base"], ".2f") + "x", _number(r["error"], ".2f"),
+            _number(r["over_eager"], ".2f") + "x", _number(r["of_base"], ".2f") + "x", _number(r[PEAK], ".1f"), _number(r["error"], ".2f"),
         ])  # fmt: skip
     return table(header, [[cell.replace("-x", "-") for cell in line] for line in lines])
 
@@ -94,11 +96,11 @@ def summary_table(rows: list[dict]) -> str:
     lines = []
     for key, group in groups.items():
         cells = []
-        for name, worst in (("share_of_roof", min), ("over_eager", min), ("of_base", max), ("error", max)):
+        for name, worst in (("share_of_roof", min), ("over_eager", min), ("of_base", max), (PEAK, max), ("error", max)):
             values = [r[name] for r in group if r[name] is not None]
             cells.append(f"{quartiles(values)[0]:.2f} ({worst(values):.2f})" if values else "-")
         lines.append([*key, str(len(group)), *cells])
-    return table(["ours: median (worst)", "rows", "pass", "cases", "share of roof", "speed over eager", "time of base alone", "error / eager's"], lines)
+    return table(["ours: median (worst)", "rows", "pass", "cases", "share of roof", "speed over eager", "time of base alone", PEAK, "error / eager's"], lines)
 
 
 COUNTS_NOTE = """Counts, not measurements. MB: every input read once, every output written once. Times: the longer of these bytes and
@@ -111,7 +113,9 @@ the other. In bold: what the package launches."""
 MEASURED_NOTE = """Medians over rounds of one CUDA graph per competitor, all in turn, each call on another copy of its inputs; "in L2": all copies
 together fit there. Where a graph cannot hold a competitor (the boolean gather waits for the GPU) its launches from Python are part of its time.
 Over eager and of base: medians of ratios within a round. {eager}: base product, adapter on all rows, times the gate. {base}: no adapter,
-SwiGLU behind it where there is one; its error is against itself. Backward: gradients of the input, A and B."""
+SwiGLU behind it where there is one; its error is against itself. Backward: gradients of the input, A and B, or of the hidden states.
+{peak}: what a call allocates at its height beyond its inputs, in a run that is not timed. Where any of several tokens is right, the error is
+what the chosen one's logit lacks of the largest."""
 
 
 def markdown(values: dict, short: bool = False) -> str:
@@ -126,7 +130,7 @@ def markdown(values: dict, short: bool = False) -> str:
         reached = f"copy {roofs['bandwidth'] / 1e12:.2f} TB/s, matrix product {roofs['matmul'] / 1e12:.0f} TFLOP/s"
         parts += [f"## Measured\n\nThis GPU's roofs, measured: {reached}.", summary_table(rows)]
         if not short:
-            parts += [MEASURED_NOTE.format(eager=EAGER, base=BASE), measured_table(rows)]
+            parts += [MEASURED_NOTE.format(eager=EAGER, base=BASE, peak=PEAK), measured_table(rows)]
     if not (short and values["measured"]):
         parts += [f"## Counted\n\n{COUNTS_NOTE}", counts_table(values["counts"])]
         if values["plans"]:

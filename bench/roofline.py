@@ -18,9 +18,11 @@ def plot(values: dict, path: Path) -> bool:
     import matplotlib.pyplot as plt
 
     operations = list(dict.fromkeys(r["operation"] for r in measured))
-    figure, axes = plt.subplots(1, len(operations), figsize=(4.2 * len(operations), 4), sharey=True, squeeze=False)
+    columns = min(4, len(operations))
+    lines = -(-len(operations) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 4 * lines), sharey=True, squeeze=False)
     bandwidth, matmul = values["roofs"]["bandwidth"], values["roofs"]["matmul"]
-    for axis, operation in zip(axes[0], operations, strict=True):
+    for axis, operation in zip(axes.flat, operations, strict=False):
         chosen = [r for r in measured if r["operation"] == operation]
         intensities = [r["operations"] / r["bytes"] for r in chosen]
         span = [min(intensities) / 2, max(*intensities, 1.2 * matmul / bandwidth)]
@@ -33,7 +35,10 @@ def plot(values: dict, path: Path) -> bool:
         axis.set(xscale="log", yscale="log", xlabel="FLOP per byte", title=operation)
         axis.grid(alpha=0.3)
         axis.legend()
-    axes[0][0].set_ylabel("TFLOP/s")
+    for axis in axes.flat[len(operations) :]:
+        axis.set_axis_off()
+    for line in axes:
+        line[0].set_ylabel("TFLOP/s")
     figure.suptitle(f"{values['environment']['device']}, {values['settings']['dtype']}; line: measured roofs", fontsize=10)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ product that has it; left out are vectors of the hidden size (states, embeddings
 
 from dataclasses import dataclass
 
+from bench.counts import Count
+
 
 @dataclass(frozen=True)
 class SamplerBytes:
@@ -24,6 +26,11 @@ class SamplerBytes:
     def total(self) -> int:
         return self.lm_head + self.rows + self.logits + self.layers
 
+    @property
+    def least(self) -> int:
+        """What remains where logits stay on the chip and candidates' rows are read in place."""
+        return self.lm_head + self.rows // 3 + self.layers
+
 
 def sampler_draft(d: int, vocab: int, k: int, candidates: int | None = None, batch: int = 1, itemsize: int = 2) -> SamplerBytes:
     """Bytes that drafting k tokens for each of `batch` sequences moves. candidates: see `mtp_kernels.sampler_draft`."""
@@ -34,6 +41,12 @@ def sampler_draft(d: int, vocab: int, k: int, candidates: int | None = None, bat
     drafted = batch * k * candidates
     rows = 3 * drafted * d * itemsize  # read, written side by side, read by the product
     return SamplerBytes(vocab * d * itemsize, rows, every_logit + 2 * drafted * itemsize, layers)
+
+
+def least(d: int, vocab: int, k: int, candidates: int | None = None, batch: int = 1, itemsize: int = 2) -> Count:
+    """What no implementation can leave out, and the products' operations."""
+    logits = vocab if candidates is None or candidates >= vocab else vocab + candidates  # of z for the list, then of the listed tokens
+    return Count(sampler_draft(d, vocab, k, candidates, batch, itemsize).least, 2 * batch * k * d * (3 * d + logits))
 
 
 def table(d: int, vocab: int, k: int, candidates: tuple[int | None, ...] = (None, 16, 64, 256), batch: int = 1) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bench import counts
-from bench.cases import FLEX, OURS, SDPA, Case, Model, Provider, Setting, random_tensors
+from bench.cases import FLEX, OURS, SDPA, Case, Model, Provider, Scope, Setting, random_tensors
 from mtp_kernels import AttentionRule, ops, reference
 from mtp_model.layout import Rows, decoding_layout, training_layout
 
@@ -96,6 +96,11 @@ def training_rows(tokens: int, k: int, device: torch.device) -> Rows:
     return training_layout(tokens, anchors, k).at(torch.zeros(tokens, 1, dtype=torch.int64, device=device), [0]).mask_rows()
 
 
+def texts(setting: Setting) -> tuple[int, ...]:
+    """Lengths of text that are measured for a setting of training."""
+    return TOKENS.get(setting.rows, (setting.rows,))
+
+
 def attended(rows: Rows) -> tuple[int, int]:
     """(keys, pairs) that `counts.attention` takes, from the rule: NTP keys before a row's anchor, and masks of its block up to itself."""
     keys = int(rows.visible.amax(0).sum()) + rows.num_masks * rows.visible.shape[1]
@@ -121,11 +126,9 @@ def _count(t, b, heads, kv_heads, d, rows_on, backward, itemsize, adapter) -> co
     return counts.attention(t, b, heads, kv_heads, d, *attended(rows_on(device=torch.device("cpu"))), itemsize, backward)
 
 
-def attention(model: Model, settings: Iterable[Setting], ranks: Iterable[int]) -> Iterator[Case]:
-    """Decoding: rows, contexts, batches. Training: tokens, masks. Attention has no rank: a run at a single one, as --quick is, is a
-    short one here, with the fewest and the most rows of decoding, few contexts, no batch, and one shape of training."""
+def attention(model: Model, settings: Iterable[Setting], scope: Scope) -> Iterator[Case]:
+    """Decoding: rows, contexts, batches. Training: tokens, masks."""
     heads, kv_heads, d = model.heads, model.kv_heads, model.head_dim
-    short = len(set(ranks)) == 1
     on_gpu = torch.cuda.is_available()
 
     def case(setting: Setting, shape: str, batch: int, rows_on, backward: bool = False) -> Case:
@@ -137,16 +140,15 @@ def attention(model: Model, settings: Iterable[Setting], ranks: Iterable[int]) -
         )  # fmt: skip
 
     settings = list(settings)
-    decoding = [s for s in settings if s.mode and s.mode != "training"]
     training = [s for s in settings if s.mode == "training"]
-    for s in dict.fromkeys((decoding[0], decoding[-1])) if short and decoding else decoding:
-        for context in model.few_contexts if short else model.contexts:
-            for batch in BATCHES[:1] if short else BATCHES:
+    for s in scope.decoding(settings):
+        for context in scope.lengths(model.contexts):
+            for batch in BATCHES[:1] if scope.short else BATCHES:
                 if 2 * batch * kv_heads * (context + s.rows) * d * 2 <= KV_BYTES:
                     yield case(s, f"context {context}, batch {batch}", batch, partial(decoding_rows, s.mode, s.k, context, batch))
-    for s in training[:1] if short else training:
-        for tokens in TOKENS.get(s.rows, (s.rows,)):
-            for k in (8,) if short else (4, 8):
+    for s in training[:1] if scope.short else training:
+        for tokens in scope.lengths(texts(s)):
+            for k in (8,) if scope.short else (4, 8):
                 rows = tokens // k * k
                 for backward in (False, True):
                     masks = Setting(s.name, rows, rows, True, s.mode, k)

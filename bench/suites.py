@@ -1,6 +1,6 @@
 """What `bench.kernels` measures: per operation a suite, which yields cases with their competitors.
 
-A new operation is one function from (model, settings, ranks) to cases, and its line in SUITES.
+A new operation is one function from (model, settings, scope) to cases, and its line in SUITES.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import counts
-from bench.cases import BASE, COMPILED, EAGER, FUSED, GATHER, OURS, Case, Model, Provider, Setting, compiled, random_tensors
+from bench.cases import BASE, COMPILED, EAGER, FUSED, GATHER, LOSS, OURS, Case, Model, Provider, Scope, Setting, compiled, random_tensors
 from bench.suite_attention import attention
+from bench.suite_sampler import sampler_draft
+from bench.suite_step import accept_and_commit, linear_argmax, rotary_write
+from bench.suite_training import latent_consistency, linear_cross_entropy
 from mtp_kernels import ops, reference
 
 SCALE = 2.0
@@ -87,7 +90,7 @@ def _make_gated(k, splits, setting, rank, backward, features, device, dtype) -> 
     ) | (dict(dy=randn(m, features)) if backward else {})  # fmt: skip
 
 
-def gated_lora(operation: str, model: Model, settings: Iterable[Setting], ranks: Iterable[int]) -> Iterator[Case]:
+def gated_lora(operation: str, model: Model, settings: Iterable[Setting], scope: Scope) -> Iterator[Case]:
     """Rank by rank; where every gate is off, at the largest rank alone. The base of SwiGLU has the SwiGLU behind it."""
     swiglu = operation == "gated_lora_swiglu"
     eager, gather, base, ours = (
@@ -97,7 +100,7 @@ def gated_lora(operation: str, model: Model, settings: Iterable[Setting], ranks:
         Provider(EAGER, eager, eager), Provider(COMPILED, compiled(eager), eager), Provider(GATHER, gather, eager, captured=False),
         Provider(BASE, base, base, adapter=False), Provider(OURS, ours, eager),
     )  # fmt: skip
-    ranks = sorted(ranks)
+    ranks, settings = sorted(scope.ranks), [s for s in settings if s.mode != LOSS]
     for layer, (k, splits) in model.layers().items():
         if swiglu != (layer == "gate_up"):
             continue
@@ -179,7 +182,7 @@ def _make_swiglu(m, f, backward, device, dtype) -> dict:
     return dict(x=randn(m, 2 * f, grad=backward)) | (dict(dy=randn(m, f)) if backward else {})
 
 
-def row_wise(operation: str, model: Model, settings: Iterable[Setting], ranks: Iterable[int]) -> Iterator[Case]:
+def row_wise(operation: str, model: Model, settings: Iterable[Setting], scope: Scope) -> Iterator[Case]:
     """The operations without weights to speak of: only the number of rows counts."""
     d, f, heads = model.hidden, model.intermediate, model.heads + model.kv_heads
     eager, plain, ours, shape, make, count, upstream, leaves = {
@@ -192,6 +195,7 @@ def row_wise(operation: str, model: Model, settings: Iterable[Setting], ranks: I
     providers = [Provider(EAGER, eager, plain), Provider(COMPILED, compiled(eager), plain), Provider(OURS, ours, plain)]
     if operation == "rms_norm":
         providers.insert(2, Provider(FUSED, norm_fused, plain))
+    settings = [s for s in settings if s.mode != LOSS]
     trained = {s.rows for s in settings if s.train}
     for m in sorted({s.rows for s in settings}):
         for backward in (False, True) if m in trained else (False,):
@@ -208,9 +212,15 @@ def row_wise(operation: str, model: Model, settings: Iterable[Setting], ranks: I
             )  # fmt: skip
 
 
-Suite = Callable[[Model, Iterable[Setting], Iterable[int]], Iterator[Case]]
+Suite = Callable[[Model, Iterable[Setting], Scope], Iterator[Case]]
 SUITES: dict[str, Suite] = {
     **{name: partial(gated_lora, name) for name in ("gated_lora_linear", "gated_lora_swiglu")},
     **{name: partial(row_wise, name) for name in ("rms_norm", "rotary_embedding", "swiglu")},
     "attention": attention,
+    "rotary_write": rotary_write,
+    "linear_argmax": linear_argmax,
+    "accept_and_commit": accept_and_commit,
+    "sampler_draft": sampler_draft,
+    "latent_consistency": latent_consistency,
+    "linear_cross_entropy": linear_cross_entropy,
 }

@@ -46,6 +46,20 @@ class CPUClock:
         pass
 
 
+class WallClock(CPUClock):
+    """The CPU's clock, read when a GPU has done all that was queued: for work in which the two wait for each other anyway."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def begin(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    end = begin
+
+
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile."""
     return tuple(torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist())

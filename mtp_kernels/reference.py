@@ -19,24 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtp_kernels._gradients import AdaptedLinear, RMSNorm, SwiGLU, matmul
 from mtp_kernels.types import AttentionRule, SamplerWeights
 
 KEY_CHUNK = 256
 MIN_ROWS = 8
 ROW_TILE = 128
-
-
-def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """x W^T (+ b) (+ residual) for x of shape (M, K)."""
-    single = x.shape[0] == 1 and x.device.type == "cpu"
-    if single:  # one row would take a matrix-vector routine, which sums in another order
-        x = x.expand(2, -1)
-    if residual is None:
-        y = F.linear(x, weight, bias)
-    else:
-        y = torch.addmm(residual, x, weight.t())  # a single residual row broadcasts
-        y = y if bias is None else y + bias
-    return y[:1] if single else y
 
 
 def gated_lora_linear(
@@ -53,22 +41,22 @@ def gated_lora_linear(
 ) -> Tensor:
     n = weight.shape[0]
     rows = x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1])
-    y = _matmul(rows, weight, bias, None if residual is None else residual.reshape(-1, n))
+    residual = None if residual is None else residual.reshape(-1, n)
     if isinstance(gate, Tensor) and gate.dtype is not torch.bool:
         gate = int(gate)
-    if gate is not None and rows.shape[0]:
+    if gate is None or isinstance(gate, int) and gate >= rows.shape[0]:
+        y = matmul(rows, weight, bias, residual)
+    elif isinstance(gate, int) and torch.is_grad_enabled():
+        y = AdaptedLinear.apply(rows, weight, lora_a, lora_b, bias, residual, gate, scale, splits or (n,))
+    else:
+        y = matmul(rows, weight, bias, residual)
         if splits is not None and len(splits) > 1:  # one product instead of one per projection
             lora_b = torch.block_diag(*lora_b.split(splits))
-        if isinstance(gate, Tensor):
+        if isinstance(gate, int):
+            y[gate:].addmm_(F.linear(rows[gate:], lora_a), lora_b.t(), alpha=scale)
+        else:
             on = gate.reshape(-1).nonzero().squeeze(1)
             y = y.index_add(0, on, F.linear(F.linear(rows[on], lora_a), lora_b), alpha=scale)
-        elif gate < rows.shape[0]:
-            shrunk = F.linear(rows[gate:], lora_a)
-            if torch.is_grad_enabled() and (y.requires_grad or shrunk.requires_grad):
-                delta = torch.addmm(y[gate:], shrunk, lora_b.t(), alpha=scale)
-                y = torch.cat([y[:gate], delta]) if gate else delta
-            else:
-                y[gate:].addmm_(shrunk, lora_b.t(), alpha=scale)
     return y.view(*x.shape[:-1], n)
 
 
@@ -91,7 +79,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | No
     if residual is not None:
         x = x + residual
     if x.dtype is torch.float32:
-        y = torch.rms_norm(x, weight.shape, weight, eps)
+        y = RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else torch.rms_norm(x, weight.shape, weight, eps)
     else:  # normalised in float32, rounded, then weighted: the order of transformers' Llama
         y = F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
     return y if residual is None else (y, x)
@@ -132,6 +120,8 @@ def rotary_write(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Te
 
 
 def swiglu(x: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return SwiGLU.apply(x)
     half = x.shape[-1] // 2
     return F.silu(x[..., :half]) * x[..., half:]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import counts, kernels, measure, render, suite_attention, suites, timing
-from bench.cases import BASE, COMPILED, EAGER, FLEX, GATHER, MODELS, OURS, SDPA, SETTINGS, TOY, Setting
+from bench.cases import BASE, COMPILED, EAGER, FLEX, GATHER, MODELS, OURS, SDPA, SETTINGS, TOY, Scope, Setting
 from bench.counts import DATASHEETS, GPU
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,10 +42,11 @@ def test_command_checks_and_counts(command):
     assert process.returncode == 0, process.stderr
     values = json.loads((out / "kernels.json").read_text())
     assert process.stdout.startswith(render.markdown(values)) and (out / "kernels.md").read_text() == render.markdown(values) + "\n"
+    assert "Peak memory was not measured" in process.stdout and "measured here: accept.\n" in process.stdout
     assert "Counts, not measurements." in process.stdout and not values["measured"]
     assert {"date", "commit", "device", "versions"} <= set(values["environment"]) and values["settings"]["dtype"] == "bfloat16"
     assert {r["provider"] for r in values["rows"]} >= {EAGER, GATHER, BASE, SDPA, OURS} and {r["status"] for r in values["rows"]} == {"ok"}
-    assert all(r["seconds"] is None for r in values["rows"])  # nothing was timed
+    assert all(r["seconds"] is None and r["peak MiB"] is None for r in values["rows"])  # nothing was timed
     assert [r["layer"] for r in values["counts"]] == ["gate_up", "rms_norm", "attention", "attention"]
     assert {r["name"] for r in values["plans"]} == {"one launch", "project, finish", "shrink, product"}
 
@@ -67,7 +68,7 @@ def test_report_renders_the_json_again(command, tmp_path, capsys):
             kernels.main(["--report", str(path)])
 
 
-@pytest.mark.parametrize("arguments, word", [(["--rows", "18"], "--rows"), (["--rank", "0"], "--rank")])
+@pytest.mark.parametrize("arguments, word", [(["--rows", "18"], "--rows"), (["--rank", "0"], "--rank"), (["--context", "1000"], "--context")])
 def test_bad_arguments_are_named(arguments, word):
     with pytest.raises(ValueError, match=word):
         kernels.main(arguments)
@@ -105,7 +106,7 @@ def test_counts_by_hand():
 
 def test_attention_counts_by_hand():
     """Llama-3.1-8B at linear, k = 8 behind 512 tokens, two bytes; and training's mask rows of a small shape, forward and backward."""
-    (case,) = [c for c in suites.SUITES["attention"](MODELS["Llama-3.1-8B"], SETTINGS, (16, 64)) if c.setting.rows == 17 and "512, batch 4" in c.shape]
+    (case,) = [c for c in suites.SUITES["attention"](MODELS["Llama-3.1-8B"], SETTINGS, Scope((16,))) if c.setting.rows == 17 and "512, batch 4" in c.shape]
     pairs = 4 * (sum(range(513, 522)) + 8 * 521 + sum(range(1, 9)))  # nine tokens, eight masks behind all of them, each behind the masks before
     count = case.count(2, True)
     assert count.bytes == 2 * (2 * 17 * 4 * 4096 + 2 * 4 * (512 + 17) * 1024)  # q and o; K and V of 529 columns, eight key heads
@@ -119,32 +120,35 @@ def test_attention_counts_by_hand():
 
 
 def test_attention_cases_are_those_of_the_layouts():
-    def cases(settings, ranks):
-        return list(suites.SUITES["attention"](MODELS["Llama-3.1-8B"], settings, ranks))
+    def cases(settings, scope):
+        return list(suites.SUITES["attention"](MODELS["Llama-3.1-8B"], settings, scope))
 
-    every = cases(SETTINGS, kernels.RANKS)
+    every = cases(SETTINGS, Scope((128,)))
     assert len(every) == 5 * 5 * 3 + 3 * 2 * 2
     for case in every[::15] + every[-1:]:
         rows = case.make.args[0](device=CPU)
         assert (rows.visible.shape[0], rows.num_masks) == (case.setting.rows, case.setting.on)
-    short = cases([s for s in SETTINGS if s.rows in kernels.QUICK["rows"]], kernels.QUICK["rank"])
+    quick = kernels.QUICK
+    short = cases([s for s in SETTINGS if s.rows in quick["rows"]], Scope(tuple(quick["rank"]), tuple(quick["context"]), short=True))
     assert [(c.setting.rows, c.shape.split("128, ")[1]) for c in short[:4]] == [
         (rows, f"context {context}, batch 1") for rows in (1, 81) for context in (2048, 32768)
     ]
     assert [(c.shape.split("128, ")[1], c.backward) for c in short[4:]] == [("1024 tokens, k = 8", False), ("1024 tokens, k = 8", True)]
-    assert not cases([Setting("few rows", 128, 114)], (16,)) and len(cases(SETTINGS[:1], (16, 64))) == 15
+    assert not cases([Setting("few rows", 128, 114)], Scope((16,))) and len(cases(SETTINGS[:1], Scope((16,)))) == 15
+    some = cases(SETTINGS, Scope((16,), (2048, 4096)))
+    assert {c.shape.split("128, ")[1] for c in some} == {f"context 2048, batch {b}" for b in (1, 4, 16)} | {f"4096 tokens, k = {k}" for k in (4, 8)}
 
 
 def test_flex_attention_competes_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    first, second = list(suites.SUITES["attention"](TOY, SETTINGS[:2], (16,)))
+    first, second = list(suites.SUITES["attention"](TOY, SETTINGS[:2], Scope((16,), short=True)))
     assert [p.name for p in first.providers] == [SDPA, FLEX, OURS]
     assert first.providers[1].call is not second.providers[1].call  # each compiles for its own shapes
 
 
 def test_attention_in_a_batch():
     """The toy checks of a short run have no batch."""
-    found = [c for c in suites.SUITES["attention"](TOY, [Setting("quadratic, k = 4", 25, 20, mode="quadratic", k=4)], (16, 64)) if "batch 4" in c.shape]
+    found = [c for c in suites.SUITES["attention"](TOY, [Setting("quadratic, k = 4", 25, 20, mode="quadratic", k=4)], Scope((16,))) if "batch 4" in c.shape]
     rows = list(measure.check_toys(found, torch.float32, kernels.interpreted()))
     assert [r["provider"] for r in rows] == [SDPA, OURS] and all(r["status"] in ("ok", "skipped") for r in rows)
 
@@ -295,7 +299,7 @@ def test_copies_exceed_the_cache_and_every_one_is_called():
 def measured(monkeypatch):
     """Rows as a GPU gives them, of a toy case on the CPU: one competitor wrong, torch.compile left out."""
     monkeypatch.setattr(suites, "linear_gather", wrong)
-    case = [c for c in suites.SUITES["gated_lora_linear"](TOY, [Setting("training", 18, 16, True)], (8,)) if c.backward][0]
+    case = [c for c in suites.SUITES["gated_lora_linear"](TOY, [Setting("training", 18, 16, True)], Scope((8,))) if c.backward][0]
     providers = [p for p in case.providers if p.name not in (COMPILED, OURS)]
     return measure.measure(case, providers, torch.float32, CPU, GPU("roof", 1e9, 1e12), 2**16, timing.CPUClock(), 0.01)
 
@@ -310,9 +314,10 @@ def test_only_right_competitors_are_timed(measured):
 
 def test_measured_rows_are_rendered_and_drawn(measured, command, tmp_path):
     values = json.loads((command[1] / "kernels.json").read_text())
-    ours = measured[0] | dict(provider=OURS)
+    ours = measured[0] | {"provider": OURS, "peak MiB": 12.5}
     values |= dict(measured=True, rows=[*measured, ours], roofs=dict(bandwidth=1e9, matmul=1e12))
     text = render.markdown(values)
+    assert " 12.5 |" in text and " 12.50 (12.50) |" in text and measured[0]["peak MiB"] is None
     assert f"{ours['seconds'] * 1e6:.1f} (" in text and "copy 0.00 TB/s" in text and "3 of 4 rows right, 1 not" in text
     assert len(render.markdown(values, short=True)) < len(text)
     written = render.write(values, tmp_path)
@@ -325,7 +330,7 @@ def test_measured_rows_are_rendered_and_drawn(measured, command, tmp_path):
 
 
 def test_one_case_that_fails_leaves_the_others(monkeypatch):
-    cases = list(suites.SUITES["swiglu"](TOY, [Setting("rows", 1, 0), Setting("rows", 2, 0)], (8,)))
+    cases = list(suites.SUITES["swiglu"](TOY, [Setting("rows", 1, 0), Setting("rows", 2, 0)], Scope((8,))))
 
     def fails(case, providers, *_):
         if case.setting.rows == 1:

@@ -26,7 +26,8 @@ def imports(path):
 
 def test_reference_stands_alone():
     modules = {module for module, _ in imports(ROOT / "mtp_kernels" / "reference.py")}
-    assert {m for m in modules if m.split(".")[0] not in {"torch", *sys.stdlib_module_names}} == {"mtp_kernels.types"}
+    assert {m for m in modules if m.split(".")[0] not in {"torch", *sys.stdlib_module_names}} == {"mtp_kernels.types", "mtp_kernels._gradients"}
+    assert {m.split(".")[0] for m, _ in imports(ROOT / "mtp_kernels" / "_gradients.py")} == {"torch"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "mtp_kernels" / "triton").glob("*.py")), ids=lambda p: p.name)

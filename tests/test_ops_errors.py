@@ -52,11 +52,15 @@ def valid(name):
         "linear_cross_entropy": lambda: dict(hidden=zeros(3, 4), lm_head=zeros(5, 4), labels=integers(3), teacher=zeros(3, 4), soft=0.5),
         "latent_consistency": lambda: dict(z=zeros(3, 4), target=zeros(5, 4), index=integers(3), weight=zeros(3)),
         "accept": lambda: dict(drafts=integers(2, 3), predictions=integers(2, 4), counts=integers(2)),
+        "accept_and_commit": lambda: dict(
+            drafts=integers(2, 3), predictions=integers(2, 4), counts=integers(2), lengths=integers(2), room=integers(2) + 5,
+            finished=torch.zeros(2, dtype=torch.bool), eos=integers(1),
+        ),
     }[name]()  # fmt: skip
 
 
 OPS = ["gated_lora_linear", "attention", "rms_norm", "rotary_frequencies", "rotary_tables", "rotary_embedding",
-       "rotary_write", "linear_argmax", "swiglu", "sampler_hidden", "sampler_draft", "linear_cross_entropy", "latent_consistency", "accept"]  # fmt: skip
+       "rotary_write", "linear_argmax", "swiglu", "sampler_hidden", "sampler_draft", "linear_cross_entropy", "latent_consistency", "accept", "accept_and_commit"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -230,6 +234,13 @@ CASES = [
     ("latent_consistency", dict(weight=zeros(3, 1)), "weight has shape"),
     ("latent_consistency", dict(weight=zeros(3, dtype=HALF)), "weight is torch.bfloat16"),
     ("latent_consistency", dict(weight=zeros(3, device=META)), "weight is .* on meta"),
+    ("accept_and_commit", dict(drafts=integers(3)), "drafts has shape"),
+    ("accept_and_commit", dict(predictions=integers(2, 3)), "predictions has shape"),
+    ("accept_and_commit", dict(room=integers(3)), "room has shape"),
+    ("accept_and_commit", dict(eos=integers(1, 1)), "eos has shape"),
+    ("accept_and_commit", dict(finished=integers(2)), "finished is torch.int64 .* accepted is torch.bool"),
+    ("accept_and_commit", dict(lengths=integers(2).int()), "lengths is torch.int32 .* accepted is torch.int64"),
+    ("accept_and_commit", dict(eos=integers(1, device=META)), "eos is torch.int64 on meta"),
     ("accept", dict(drafts=integers(3)), "drafts has shape"),
     ("accept", dict(predictions=integers(2, 3)), "predictions has shape"),
     ("accept", dict(counts=integers(3)), "counts has shape"),

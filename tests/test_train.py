@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -336,6 +337,30 @@ def test_killed_and_resumed(command_line, tmp_path, number):
     assert same_adapter(out, place / "whole")
     assert log_of(out) == log_of(place / "whole")
     assert [record["step"] for record in log_of(out)] == list(range(1, 151))
+
+
+def test_killed_ten_times_at_random_moments(model, tmp_path):
+    """Each time without warning, wherever the process is: in a pass, in the optimizer, writing the log or the checkpoint."""
+    config = settings(steps=150, save_every=3, soft_targets=0.5, train_masks=True)
+    assert Trainer(model, examples(), MTP, config, tmp_path / "whole").run()
+
+    def go_on():
+        return Trainer(fresh(model), examples(), MTP, config, tmp_path / "killed", resume=True).run()
+
+    random, killed = np.random.default_rng(), 0
+    for _ in range(60):
+        child = multiprocessing.get_context("fork").Process(target=go_on)
+        child.start()
+        child.join(float(random.uniform(0.05, 0.3)))
+        killed += child.is_alive()
+        child.kill()
+        child.join()
+        if killed == 10:
+            break
+    assert killed == 10 and 0 < json.loads((tmp_path / "killed" / "adapter_config.json").read_text())["notes"]["training"]["steps_done"] < 150
+    assert go_on()
+    assert same_adapter(tmp_path / "killed", tmp_path / "whole")
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
 
 
 def test_generate_command(command_line, capsys):

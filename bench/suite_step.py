@@ -1,0 +1,138 @@
+"""The suites of a decoding step's small operations: rotation into the cache, greedy tokens, and what becomes of the drafts."""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import counts
+from bench.cases import COMPILED, EAGER, OURS, Case, Model, Provider, Scope, Setting, compiled, random_tensors
+from mtp_kernels import ops, reference
+
+COLUMNS = 2048  # of the cache, which begins to be written in its middle
+DRAFTS, VOCABULARY, ENDS = 8, 128_256, (128_001, 128_009)  # Llama 3's; what accepting takes does not depend on them
+
+
+def _competitors(eager, ours) -> tuple[Provider, ...]:
+    return Provider(EAGER, eager, eager), Provider(COMPILED, compiled(eager), eager), Provider(OURS, ours, eager)
+
+
+# ---- rotation into the cache
+
+
+def write_eager(i: dict) -> Tensor:
+    """One sequence: a rotation of q and k together, and two copies by column."""
+    keys, values = i["keys"], i["values"]
+    kv_heads = keys.shape[2]
+    heads = i["qkv"].shape[2] - kv_heads
+    qk, v = i["qkv"].split([heads, kv_heads], 2)
+    q, k = reference.rotary_embedding(qk, i["cos"], i["sin"]).split([heads - kv_heads, kv_heads], 2)
+    columns = i["start"] + i["offsets"]
+    keys.index_copy_(0, columns, k)
+    values.index_copy_(0, columns, v)
+    return q.contiguous()
+
+
+def write_ours(i: dict) -> Tensor:
+    return ops.rotary_write(i["qkv"], i["cos"], i["sin"], i["keys"], i["values"], i["start"], implementation="triton")
+
+
+def _make_write(m: int, model: Model, device: torch.device, dtype: torch.dtype) -> dict:
+    randn, d, kv_heads = random_tensors(device, dtype), model.head_dim, model.kv_heads
+    start, offsets = torch.tensor([COLUMNS // 2], device=device), torch.arange(m, device=device)
+    cos, sin = reference.rotary_tables((start + offsets).unsqueeze(1), reference.rotary_frequencies(d).to(device), dtype)
+    return dict(
+        qkv=randn(m, 1, model.heads + 2 * kv_heads, d), cos=cos, sin=sin, keys=randn(COLUMNS, 1, kv_heads, d), values=randn(COLUMNS, 1, kv_heads, d),
+        start=start, offsets=offsets,
+    )  # fmt: skip
+
+
+def rotary_write(model: Model, settings: Iterable[Setting], scope: Scope) -> Iterator[Case]:
+    heads, kv_heads, d = model.heads, model.kv_heads, model.head_dim
+    for s in scope.decoding(settings):
+
+        def count(itemsize, adapter, m=s.rows):
+            return counts.rotary_write(m, heads, kv_heads, d, itemsize)
+
+        yield Case(
+            "rotary_write", model.name, "rotary_write", f"{heads} / {kv_heads} heads x {d}", Setting("rows", s.rows, 0), 0, False, count,
+            partial(_make_write, s.rows, model), _competitors(write_eager, write_ours), (), (), mutates=("keys", "values"),
+        )  # fmt: skip
+
+
+# ---- greedy tokens
+
+
+def argmax_eager(i: dict) -> Tensor:
+    return F.linear(i["hidden"], i["weight"]).argmax(-1)
+
+
+def argmax_ours(i: dict) -> Tensor:
+    return ops.linear_argmax(i["hidden"], i["weight"], implementation="triton")
+
+
+def _share_of_largest(i: dict, ids: Tensor) -> Tensor:
+    """Of each row's largest logit what the chosen token has, in float64: near-ties make another token right too."""
+    logits = F.linear(i["hidden"].double(), i["weight"].double())
+    return (logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) / logits.amax(-1)).to(i["hidden"].dtype)
+
+
+def _make_argmax(m: int, model: Model, device: torch.device, dtype: torch.dtype) -> dict:
+    randn, d = random_tensors(device, dtype), model.hidden
+    return dict(hidden=randn(m, d), weight=randn(model.vocab, d, scale=d**-0.5))
+
+
+def linear_argmax(model: Model, settings: Iterable[Setting], scope: Scope) -> Iterator[Case]:
+    d, vocab = model.hidden, model.vocab
+    for s in scope.decoding(settings):
+
+        def count(itemsize, adapter, m=s.rows):
+            return counts.linear_argmax(m, vocab, d, itemsize)
+
+        yield Case(
+            "linear_argmax", model.name, "linear_argmax", f"{d} -> {vocab}", Setting("rows", s.rows, 0), 0, False, count,
+            partial(_make_argmax, s.rows, model), _competitors(argmax_eager, argmax_ours), (), (), judge=_share_of_largest,
+        )  # fmt: skip
+
+
+# ---- accepted drafts
+
+
+def accept_eager(i: dict) -> tuple[Tensor, ...]:
+    return reference.accept_and_commit(i["drafts"], i["predictions"], i["counts"], i["lengths"], i["room"], i["finished"], i["eos"])
+
+
+def accept_ours(i: dict) -> tuple[Tensor, ...]:
+    arguments = i["drafts"], i["predictions"], i["counts"], i["lengths"], i["room"], i["finished"], i["eos"]
+    return ops.accept_and_commit(*arguments, implementation="triton")
+
+
+def _make_accept(b: int, device: torch.device, dtype: torch.dtype) -> dict:
+    """Three of four drafts are right, some predictions are ends of text, some sequences are finished."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randint(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator, device=device)
+
+    predictions, finished = randint(0, VOCABULARY, b, DRAFTS + 1), randint(0, 8, b) == 0
+    drafts = torch.where(randint(0, 4, b, DRAFTS) > 0, predictions[:, :-1], randint(0, VOCABULARY, b, DRAFTS))
+    predictions = torch.where(randint(0, 32, b, DRAFTS + 1) == 0, ENDS[1], predictions)
+    return dict(
+        drafts=drafts, predictions=predictions, counts=randint(0, DRAFTS + 1, b), lengths=randint(1, COLUMNS, b),
+        room=randint(1, 2 * DRAFTS, b).masked_fill(finished, 0), finished=finished, eos=torch.tensor(ENDS, device=device),
+    )  # fmt: skip
+
+
+def accept_and_commit(model: Model, settings: Iterable[Setting], scope: Scope) -> Iterator[Case]:
+    """A row is a sequence with its drafts; no model's shapes matter."""
+    for s in scope.decoding(settings):
+
+        def count(itemsize, adapter, b=s.rows):
+            return counts.accept_and_commit(b, DRAFTS, len(ENDS))
+
+        yield Case(
+            "accept_and_commit", "any model", "accept_and_commit", f"{DRAFTS} drafts", Setting("sequences", s.rows, 0), 0, False, count,
+            partial(_make_accept, s.rows), _competitors(accept_eager, accept_ours), (), (), mutates=("lengths", "room", "finished"),
+        )  # fmt: skip

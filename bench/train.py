@@ -1,0 +1,286 @@
+"""A training step: forward, backward and AdamW's update of the adapter, ours against the plain way.
+
+    python -m bench.train                         the demo model on a CPU; on a GPU random weights of Llama shapes
+    python -m bench.train --json                  the same, and a JSON file
+    python -m bench.train --fit --memory 24       the longest sequence that each way trains in 24 GiB
+
+Ways: `ours` (`mtp_model.loss`: tokens are a frozen prefill, masks alone have gradients, no logits are kept), `ours-recompute` (with
+activation checkpointing), `plain` (`bench.plain_training`: all rows in one pass, the adapter on every row times its gate, a dense
+mask, all logits), `flex` (the same with FlexAttention; not on a CPU, where it has no backward). Each is held against float64 first:
+losses and every adapter gradient; the exit status is 1 if one is wrong. Steps are then timed in turn, in one process, and their peak memory is taken: on a
+CPU of a process for each way, on a GPU of its allocations.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench.measure import why
+from bench.report import PeakMemory, environment, table, write_json
+from bench.timing import WallClock, interleave, percentiles
+from bench.training_job import CONFIGS, DEMO, PLAIN, WAYS, Case, Job, Way, agree, check, check_case, make_batches, make_model
+from mtp_model.arguments import DTYPES, IMPLEMENTATIONS, default_device, default_dtype
+
+ROOT = Path(__file__).resolve().parents[1]
+LENGTH_UNIT = 64  # of --fit
+LONGEST = 2**20
+
+
+def cases(args) -> list[Case]:
+    """What was asked for. Of a Llama shape a short sequence, which the plain way has room for on a GPU of 80 GB, and a long one."""
+    chosen = []
+    for shape in args.shape or ([DEMO] if args.device == "cpu" else list(CONFIGS)):
+        demo = shape == DEMO
+        anchors = args.anchors if args.anchors is not None else 24 if demo else 0
+        for length in [args.length] if args.length else [192] if demo else [512, 2048]:
+            chosen.append(Case(shape, args.batch_size or (16 if demo else 1), length, anchors or None, args.masks, args.rank or (32 if demo else 128)))
+    return chosen
+
+
+def build(case: Case, args) -> Job:
+    device = torch.device(args.device)
+    model = make_model(case, device, DTYPES[args.dtype], args.implementation)
+    return Job(model, make_batches(case, model.config.vocab_size, device), recipe(args))
+
+
+def recipe(args) -> dict:
+    return {"lcm_weight": args.lcm_weight, "mask_decay": args.mask_decay}
+
+
+def alone(case: Case, way: Way, args) -> dict:
+    """Some steps in this process: seconds, and its peak memory, all of it and what comes on top of model, optimizer and libraries."""
+    job = build(case, args)
+    tiny = replace(case, batch_size=1, length=min(case.length, 16))
+    batches, job.batches = job.batches, make_batches(tiny, job.model.config.vocab_size, job.model.device, 1)
+    job.step(way)  # makes the optimizer's moments and the libraries' buffers
+    job.batches = batches
+    clock = WallClock(job.model.device)
+    with PeakMemory(job.model.device) as peak:
+        marks = [clock.begin()]
+        for number in range(args.steps):
+            job.step(way, number)
+            marks.append(clock.end())
+    return {"peak_mib": peak.mib, "above_mib": peak.mib - peak.before_mib, "seconds": [b - a for a, b in itertools.pairwise(marks)]}
+
+
+def spawn(case: Case, way: Way, args) -> dict:
+    """`alone`, in a process of its own."""
+    flags = ["--only", way.name, "--shape", case.shape, "--batch-size", case.batch_size, "--length", case.length, "--anchors", case.anchors or 0,
+             "--masks", case.masks, "--rank", case.rank, "--device", args.device, "--dtype", args.dtype, "--mask-decay", args.mask_decay,
+             "--lcm-weight", args.lcm_weight, "--steps", args.steps, "--threads", torch.get_num_threads(), "--json", "-"]  # fmt: skip
+    flags += ["--implementation", args.implementation] if args.implementation else []
+    result = subprocess.run([sys.executable, "-m", "bench.train", *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{way.name} by itself ended with {result.returncode}: {result.stderr.strip()[-300:]}")
+    return json.loads(result.stdout)
+
+
+def allocated(job: Job, way: Way) -> dict:
+    """Peak of a GPU's allocations during a step, absolute and above what was there before it."""
+    with PeakMemory(job.model.device) as peak:
+        job.step(way)
+    return {"peak_mib": peak.mib, "above_mib": peak.mib - peak.before_mib}
+
+
+def measure(case: Case, ways: list[Way], args) -> list[dict]:
+    """A record for each way, `status` "ok", "wrong" or why it could not run."""
+    small, config = check_case(case)
+    device, dtype, rows = torch.device(args.device), DTYPES[args.dtype], {}
+    bar = tqdm(desc=f"{case.shape}, {case.length} tokens", total=3, bar_format="{desc}: {postfix} [{elapsed}]", disable=None)
+
+    def say(what: str) -> None:
+        bar.set_postfix_str(what)
+
+    say("check against float64")
+    for checked in dict.fromkeys((torch.float32, dtype)):  # 16 bits hide a mistake that float32 shows
+        model = make_model(small, device, checked, args.implementation, config)
+        for name, (good, error) in check(model, small, recipe(args), ways).items():
+            kept = rows.setdefault(name, {"way": name, "status": "ok", "error": {}})
+            kept["error"][str(checked).removeprefix("torch.")] = error if math.isfinite(error) else None
+            kept["status"] = kept["status"] if good else "wrong"
+        del model
+    job, runs, numbers = build(case, args), {}, {}
+    for way in ways:
+        if rows[way.name]["status"] != "ok":
+            continue
+        say(f"{way.name}: first step")
+        try:
+            numbers[way.name] = job.step(way)  # compiles on a GPU
+            if not agree(numbers[way.name], next(iter(numbers.values())), dtype):
+                rows[way.name]["status"] = "wrong"
+                continue
+            rows[way.name] |= allocated(job, way) if device.type == "cuda" else {}
+            runs[way.name] = job.steps(way)
+        except torch.OutOfMemoryError as problem:
+            rows[way.name]["status"] = why(problem)
+        if device.type == "cuda":
+            job.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+    say("steps in turn")
+    for name, seconds in interleave(runs, WallClock(device), args.seconds, (args.rounds, 40)).items():
+        rows[name] |= {"seconds": seconds, "losses": numbers[name]}
+    for row in rows.values():
+        if "seconds" in row:
+            median = percentiles(row["seconds"])[0]
+            pairs = zip(rows[PLAIN]["seconds"], row["seconds"], strict=True) if "seconds" in rows.get(PLAIN, {}) else None
+            row |= {"tokens_per_second": job.tokens / median, "mask_rows_per_second": job.mask_rows / median,
+                    "over_plain": percentiles([a / b for a, b in pairs]) if pairs else None}  # fmt: skip
+    del job, runs
+    if device.type != "cuda":
+        for way in ways:
+            if rows[way.name]["status"] == "ok":
+                say(f"{way.name}: memory, by itself")
+                rows[way.name] |= {name: value for name, value in spawn(case, way, args).items() if name != "seconds"}
+    bar.close()
+    return [asdict(case) | rows[way.name] for way in ways]
+
+
+def longest(fits, start: int = LENGTH_UNIT) -> int:
+    """The largest multiple of LENGTH_UNIT, to a tenth of itself, that fits; 0 if none does."""
+    good, bad = 0, start
+    while bad < LONGEST and fits(bad):
+        good, bad = bad, 2 * bad
+    while bad - good > max(LENGTH_UNIT, good // 10):
+        middle = (good + bad) // 2 // LENGTH_UNIT * LENGTH_UNIT
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
+
+
+def fit(case: Case, way: Way, args) -> int:
+    """The longest sequence whose step stays within --memory: a GPU's allocations, or on a CPU the whole process."""
+    if args.device == "cpu":
+        return longest(lambda length: spawn(replace(case, length=length), way, args)["peak_mib"] <= args.memory * 1024)
+    device = torch.device(args.device)
+    model = make_model(case, device, DTYPES[args.dtype], args.implementation)
+
+    def fits(length: int) -> bool:
+        torch.cuda.empty_cache()
+        try:
+            Job(model, make_batches(replace(case, length=length), model.config.vocab_size, device, 1), recipe(args)).step(way)
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            model.zero_grad(set_to_none=True)
+        return True
+
+    return longest(fits)
+
+
+def main_table(records: list[dict]) -> str:
+    """The result table in Markdown; of each case the fastest way is marked."""
+    header = ["training step", "s per step (20 to 80 %)", "tokens/s", "mask rows/s", "over plain", "peak MiB", "above start", "error"]
+    lines, fastest = [], {}
+    for record in records:
+        key = record["shape"], record["length"]
+        if "seconds" in record and record["tokens_per_second"] > fastest.get(key, {"tokens_per_second": 0})["tokens_per_second"]:
+            fastest[key] = record
+    for record in records:
+        label = f"{record['shape']}, {record['batch_size']} x {record['length']}: {record['way']}"
+        errors = record["error"].values()
+        error = "not finite" if None in errors else f"{max(errors):.0e}"
+        if "seconds" not in record:
+            lines.append([label, record["status"], *["-"] * 5, error])
+            continue
+        label += " **(best)**" if fastest[record["shape"], record["length"]] is record else ""
+        cells = [label, "{:.3g} ({:.3g} to {:.3g})".format(*percentiles(record["seconds"]))]
+        cells += [f"{record['tokens_per_second']:.0f}", f"{record['mask_rows_per_second']:.0f}"]
+        cells.append("{:.2f}x ({:.2f} to {:.2f})".format(*record["over_plain"]) if record["over_plain"] else "-")
+        lines.append([*cells, f"{record['peak_mib']:.0f}", f"{record['above_mib']:.0f}", error])
+    return table(header, lines)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=[DEMO, *CONFIGS], help="default: the demo model on a CPU, the others on a GPU")
+    parser.add_argument("--batch-size", type=int, help="sequences (default 16 for the demo, else 1)")
+    parser.add_argument("--length", type=int, help="tokens of the longest sequence (default 192 for the demo, else 512 and 2048)")
+    parser.add_argument("--anchors", type=int, help="masks after that many positions of each sequence, 0: after all (default 24 for the demo, else 0)")
+    parser.add_argument("--masks", type=int, default=8, metavar="K", help="masks per block (default 8)")
+    parser.add_argument("--rank", type=int, help="of the adapter (default 32 for the demo, else 128)")
+    parser.add_argument("--mask-decay", type=float, default=0.9, help="mask j weighs that ** (j - 1) (default %(default)s, the demo's)")
+    parser.add_argument("--lcm-weight", type=float, default=1.0, help="of the consistency loss (default 1)")
+    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the base (default: bfloat16 on a GPU that has it, else float32); the adapter is in float32")
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="of ours (default: triton on a GPU, reference on a CPU)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
+    parser.add_argument("--seconds", type=float, default=15.0, help="that a case's rounds of steps may take (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, help="at the least (default %(default)s)")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's own)")
+    parser.add_argument("--fit", action="store_true", help="only the longest sequence that each way trains within --memory")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="for --fit: of the GPU (default: all of it), or of a process on a CPU")
+    parser.add_argument("--only", choices=WAYS, help="one way by itself: memory and seconds of --steps steps, as JSON")
+    parser.add_argument("--steps", type=int, default=2, help="of --only (default %(default)s)")
+    parser.add_argument("--json", nargs="?", const="", metavar="PATH", help="write a file (default of PATH: bench/results/DEVICE/train.json); -: print it")
+    return parser
+
+
+def settle(args) -> None:
+    """Defaults that depend on the device. Raises ValueError for settings out of range."""
+    args.dtype = args.dtype or default_dtype(args.device)
+    least = {"batch_size": 1, "length": 4, "anchors": 0, "rounds": 1, "steps": 1, "threads": 1}
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and value < bound:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; accepted is {bound} or more")
+    if args.memory is not None and args.memory <= 0:
+        raise ValueError(f"--memory is {args.memory}; accepted is above 0")
+    if args.fit and args.device == "cpu" and args.memory is None:
+        raise ValueError("--fit on a CPU needs --memory, in GiB")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.fit and args.memory and args.device != "cpu":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory * 2**30 / torch.cuda.get_device_properties(args.device).total_memory))
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    settle(args)
+    if args.only:
+        print(json.dumps(alone(cases(args)[0], WAYS[args.only], args)))
+        return 0
+    where, gpu = environment(torch.device(args.device)), args.device != "cpu"
+    ways = [WAYS[name] for name in args.ways if gpu or WAYS[name].on_cpu]
+    if args.fit:
+        shapes = {case.shape: case for case in cases(args)}  # the length is what is sought
+        records = []
+        for case, way in tqdm(list(itertools.product(shapes.values(), ways)), desc="fit", disable=None):
+            records.append(asdict(case) | {"way": way.name, "length": fit(case, way, args)})
+        lines = [[f"{r['shape']}, batch {r['batch_size']}: {r['way']}", str(r["length"])] for r in records]
+        text = table(["longest sequence that fits", "tokens"], lines)
+    else:
+        records = [record for case in cases(args) for record in measure(case, ways, args)]
+        text = main_table(records)
+        text += ("\n\nOver plain: of steps of the same round. Peak: of a step, by itself; above start: less what model, optimizer and libraries took before. "
+                 "Error: against float64.")  # fmt: skip
+    left = [name for name in args.ways if WAYS[name] not in ways]
+    if left:
+        text += f"\nLeft out: {', '.join(left)} (FlexAttention has no backward on a CPU)."
+    settings = {name: value for name, value in vars(args).items() if name != "json"}
+    values = {"environment": where, "settings": settings, "records": records, "table": text.splitlines()}
+    if args.json == "-":
+        print(json.dumps(values))
+    else:
+        print(f"{where['device']}, {args.dtype}, {where['cpu_threads']} CPU threads, torch {where['versions']['torch']}\n\n{text}")
+    if args.json not in (None, "-"):
+        name = re.sub(r"\W+", "-", where["device"].lower()).strip("-") if gpu else "cpu"
+        path = Path(args.json) if args.json else Path(__file__).parent / "results" / name / "train.json"
+        write_json(path, values)
+        print(f"\nwritten: {path}")
+    return 1 if any(record.get("status") == "wrong" for record in records) else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
