@@ -3,6 +3,8 @@
     python -m bench.decode                 the table, one sample, a JSON file and a plot
     python -m bench.decode --check         every mode, k in 1, 2, 4, 8, batch 1 and 4: outputs against autoregressive's
     python -m bench.decode --ablation      tokens per step: linear, quadratic, with and without sampler, LCM
+    python -m bench.decode --shape NAME    a shape with random weights: time per step by part, and a prescribed acceptance;
+                                           it has settings of its own: --shape NAME --help
 
 All rows run on the same weights in one process, prompt by prompt in turn, so that each speedup is a ratio of neighbours.
 Tokens per step (the paper's "acceptance") and wall-clock speedup are different things and stand in different columns.
@@ -18,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bench import decode_shape
 from bench.report import PeakMemory, environment, quartiles, table, write_json
 from mtp_model import Decoding, MTPModel, generate, load_adapter, load_model
 from mtp_model.arguments import DTYPES, IMPLEMENTATIONS, default_device, default_dtype, load_tokenizer
@@ -283,6 +286,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if any(argument.partition("=")[0] == "--shape" for argument in argv):
+        return decode_shape.main(argv)
     args = build_parser().parse_args(argv)
     for name in ("batch", "new_tokens", "repeats"):
         if getattr(args, name) < 1:

@@ -3,8 +3,9 @@
     python -m bench.gpu [--out DIR] [--minutes 9]
 
 One after the other, each in a process of its own with a time limit: the tests on real kernels, the kernel benchmarks, the
-demo model's texts compared in bfloat16 and float32, its decoding timed, and a short training run. `summary.json` has GPU,
-versions, commit and date, and what became of each step. The exit status is 1 if a step failed or ran out of time.
+demo model's texts compared in bfloat16 and float32, its decoding timed, decoding steps of Llama shapes with random weights, a
+short training run, and training steps against the plain way. `summary.json` has GPU, versions, commit and date, and what
+became of each step. The exit status is 1 if a step failed or ran out of time.
 """
 
 import argparse
@@ -44,13 +45,16 @@ def steps(out: Path, texts: Path) -> list[Step]:
     python, tests = sys.executable, sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_*triton*.py"))
     train = ("--data", str(texts), "--out", str(out / "train"), "--steps", "60", "--rank", "32", "--batch-size", "16", "--warmup", "5",
              "--max-length", "512", "--dtype", "bfloat16", "--lr", "1e-3", "--log-every", "1")  # fmt: skip
+    shapes = ("--shape", "Llama-3.2-1B", "Llama-3.1-8B", "--quick", "--minutes", "1.8", "--json", str(out / "decode_shapes.json"))
     return [
         Step("tests", (python, "-m", "pytest", "-q", "-x", "--durations=10", *tests, "tests/test_ops.py", "tests/test_decode.py"), 0.35),
         Step("kernels", (python, "-m", "bench.kernels", "--quick", "--minutes", "2", "--out", str(out)), 0.3),
         Step("check_bfloat16", (python, "-m", "bench.decode", "--check", "--num-prompts", "16", "--dtype", "bfloat16", "--out", str(out / "bfloat16")), 0.2),
         Step("check_float32", (python, "-m", "bench.decode", "--check", "--num-prompts", "16", "--dtype", "float32", "--out", str(out / "float32")), 0.2),
         Step("decode", (python, "-m", "bench.decode", "--num-prompts", "8", "--out", str(out)), 0.2),
+        Step("decode_shapes", (python, "-m", "bench.decode", *shapes), 0.3),
         Step("train", (python, "-m", "mtp_model", "train", *train), 0.15),
+        Step("train_step", (python, "-m", "bench.train", "--seconds", "5", "--json", str(out / "train.json")), 0.35),
     ]
 
 
