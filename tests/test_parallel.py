@@ -84,7 +84,7 @@ def assert_same_run(got, expected):
     assert load_adapter(got).config == load_adapter(expected).config
 
 
-@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["data-parallel", "sharded"])
+@pytest.mark.parametrize("shard", [[], ["--shard", "--recompute"]], ids=["data-parallel", "sharded"])
 def test_two_processes(place, alone, tmp_path, shard):
     process = start(place, tmp_path / "run", *shard)
     output = process.communicate(timeout=120)[0]

@@ -1,6 +1,7 @@
 """Training can be interrupted at any moment and resumed to the same result, bit for bit."""
 
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -216,6 +218,47 @@ def test_held_out_evaluation(model, tmp_path):
         Evaluation((), 5)
     with pytest.raises(ValueError, match="every is 0"):
         Evaluation(((1,),), 0)
+
+
+def test_tensorboard_where_it_is_installed(model, tmp_path, monkeypatch):
+    """What would be written, by a writer that keeps it."""
+    written = []
+
+    class Writer:
+        def __init__(self, directory, purge_step):
+            written.append((directory, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            written.append("closed")
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: True if name == "tensorboard" else found(name, *rest))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    evaluation = Evaluation(((1, 2, 3),), every=10, max_new_tokens=4)
+    assert Trainer(model, examples(), MTP, settings(log_every=5), tmp_path, evaluation=evaluation).run()
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert written[0] == (str(tmp_path / "tensorboard"), 1) and written[-1] == "closed"
+    scalars = {(name, step): value for name, value, step in written[1:-1]}
+    for record in records:
+        if "evaluation" in record:
+            assert scalars["tokens_per_step", record["step"]] == record["evaluation"]["tokens_per_step"]
+        else:
+            assert scalars["loss", record["step"]] == record["loss"] and scalars["right_base/2", record["step"]] == record["right_base"][1]
+
+
+def test_bfloat16_with_float32_weights(model, tmp_path):
+    """The base computes in bfloat16; what is trained, its moments and its file are float32."""
+    half = load_model(model.directory, dtype=torch.bfloat16)
+    trainer = Trainer(half, examples(), MTP, settings(), tmp_path)
+    assert trainer.run()
+    tensors = load_file(tmp_path / "checkpoint.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32} and all(t.isfinite().all() for t in tensors.values())
+    assert half.layers[0].o_proj.weight.dtype == torch.bfloat16
+    losses = [record["loss"] for record in log_of(tmp_path)]
+    assert losses[-1] < losses[0]
 
 
 def test_a_loss_that_is_no_number_ends_the_run(model, tmp_path):
