@@ -10,118 +10,26 @@ H_kv), D head size, S columns of the K/V cache, d hidden size, V vocabulary, R L
 Floating dtypes: float32, float16, bfloat16; all floating arguments of a call share one dtype and one device.
 """
 
-import importlib.util
-from types import ModuleType, SimpleNamespace
-
 import torch
 from torch import Tensor
 
 from mtp_kernels import reference
+from mtp_kernels._checks import check_floating, check_integer, check_shape, shape_of
+from mtp_kernels._choice import choose
+from mtp_kernels._choice import unchecked as unchecked
 from mtp_kernels.types import AttentionRule, SamplerWeights
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_RANK = 512
-IMPLEMENTATIONS = ("reference", "triton")
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-OPERATIONS = (
-    "accept", "accept_and_commit", "attention", "gated_lora_linear", "gated_lora_swiglu", "latent_consistency", "linear_argmax",
-    "linear_cross_entropy", "rms_norm", "rotary_embedding", "rotary_frequencies", "rotary_tables", "rotary_write", "sampler_draft", "sampler_hidden", "swiglu",
-)  # fmt: skip
 ROPE_TYPES = ("default", "linear", "llama3")
-
-
-def _triton() -> ModuleType | None:
-    """The fused kernels, imported at the first use; None where Triton is not installed."""
-    if not HAS_TRITON:
-        return None
-    from mtp_kernels import triton
-
-    return triton
-
-
-def _implementation(name: str | None, operation: str, device: torch.device):
-    """The function that computes `operation` for tensors on `device`, by default or as asked."""
-    if name not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation is {name!r}; accepted are {', '.join(map(repr, IMPLEMENTATIONS))} or None")
-    if name == "reference" or (name is None and device.type != "cuda"):
-        return getattr(reference, operation)
-    kernels = _triton()
-    if name is None:
-        return getattr(kernels, operation, None) or getattr(reference, operation)
-    if kernels is None:
-        raise ValueError("implementation is 'triton' and Triton is not installed; accepted here is 'reference'")
-    if operation not in kernels.__all__:
-        raise ValueError(f"{operation} has no Triton kernel; those that have are {', '.join(kernels.__all__)}")
-    if device.type != "cuda" and not kernels.INTERPRETED:
-        raise ValueError(
-            f"implementation is 'triton' and the tensors are on {device}; accepted are a GPU, or TRITON_INTERPRET=1 set before Triton is imported"
-        )
-    return getattr(kernels, operation)
-
-
-def unchecked(implementation: str | None = None, device: torch.device | None = None) -> SimpleNamespace:
-    """The operations without their argument checks, as attributes: for inner loops whose shapes are right by construction.
-
-    They take the same arguments except `implementation`, chosen here: None picks for tensors on `device`, or, if that is
-    None too, at each call by the device of the first argument.
-    With "triton", an operation without a Triton kernel is the reference's. A wrong argument gives whatever it gives.
-    """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation is {implementation!r}; accepted are {', '.join(map(repr, IMPLEMENTATIONS))} or None")
-    kernels = None if implementation == "reference" else _triton()
-    if implementation == "triton" and kernels is None:
-        raise ValueError("implementation is 'triton' and Triton is not installed; accepted here is 'reference'")
-    table = {}
-    for name in OPERATIONS:
-        plain, fused = getattr(reference, name), getattr(kernels, name, None)
-        if fused is None or implementation == "triton":
-            table[name] = fused or plain
-        elif device is not None:
-            table[name] = fused if device.type == "cuda" else plain
-        else:
-            table[name] = lambda x, *args, _plain=plain, _fused=fused, **options: (
-                (_fused if x.is_cuda else _plain)(x, *args, **options)
-            )
-    return SimpleNamespace(**table)
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
-
-
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    if tensor.shape != expected:
-        raise ValueError(f"{name} has shape {_shape(tensor)}; accepted is {meaning} = {tuple(expected)}")
-
-
-def _check_floating(names: str, first: Tensor, *others: Tensor | None) -> None:
-    """One floating dtype and one device for all; `names` lists them in order. None stands for an argument not passed."""
-    dtype, device = first.dtype, first.device
-    if dtype not in DTYPES:
-        raise ValueError(f"{names.split()[0]} has dtype {dtype}; accepted are {', '.join(map(str, DTYPES))}")
-    for i, tensor in enumerate(others, 1):
-        if tensor is not None and (tensor.dtype is not dtype or tensor.device != device):
-            one, other = names.split()[0], names.split()[i]
-            raise ValueError(
-                f"{other} is {tensor.dtype} on {tensor.device} and {one} {dtype} on {device}; accepted is one dtype and one "
-                f"device for both"
-            )
-
-
-def _check_integer(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} has dtype {tensor.dtype}; accepted are torch.int32 and torch.int64")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}; accepted is the other arguments' device, {device}")
 
 
 def _check_gated_lora(x, weight, lora_a, lora_b, gate, splits, bias) -> None:
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x has shape {_shape(x)} and weight {_shape(weight)}; accepted are x (..., K) and weight (N, K)")
+        raise ValueError(f"x has shape {shape_of(x)} and weight {shape_of(weight)}; accepted are x (..., K) and weight (N, K)")
     n, k = weight.shape
-    _check_floating("x weight lora_a lora_b bias", x, weight, lora_a, lora_b, bias)
+    check_floating("x weight lora_a lora_b bias", x, weight, lora_a, lora_b, bias)
     if bias is not None:
-        _check_shape("bias", bias, (n,), "(N,)")
+        check_shape("bias", bias, (n,), "(N,)")
     if (lora_a is None) != (lora_b is None):
         raise ValueError("one of lora_a and lora_b is None; accepted are both or neither")
     if gate is not None and lora_a is None:
@@ -132,15 +40,15 @@ def _check_gated_lora(x, weight, lora_a, lora_b, gate, splits, bias) -> None:
             raise ValueError(f"splits is {splits}; accepted are positive sizes that add up to N = {n}")
         rank = lora_b.shape[-1] if lora_b.ndim == 2 else 0
         if not 1 <= rank <= MAX_RANK:
-            raise ValueError(f"lora_b has shape {_shape(lora_b)}; accepted is (N, R) with R from 1 to {MAX_RANK}")
-        _check_shape("lora_b", lora_b, (n, rank), "(N, R)")
-        _check_shape("lora_a", lora_a, (groups * rank, k), "(G * R, K)")
+            raise ValueError(f"lora_b has shape {shape_of(lora_b)}; accepted is (N, R) with R from 1 to {MAX_RANK}")
+        check_shape("lora_b", lora_b, (n, rank), "(N, R)")
+        check_shape("lora_a", lora_a, (groups * rank, k), "(G * R, K)")
     if isinstance(gate, Tensor):
         number = gate.numel() == 1 and gate.dtype in (torch.int32, torch.int64)
         if gate.device != x.device or not number and (gate.dtype != torch.bool or gate.shape != x.shape[:-1]):
             raise ValueError(
-                f"gate has shape {_shape(gate)}, dtype {gate.dtype} on {gate.device}; accepted are a boolean tensor of "
-                f"x's leading shape {_shape(x)[:-1]} or one integer, on {x.device}, an int, or None"
+                f"gate has shape {shape_of(gate)}, dtype {gate.dtype} on {gate.device}; accepted are a boolean tensor of "
+                f"x's leading shape {shape_of(x)[:-1]} or one integer, on {x.device}, an int, or None"
             )
     elif gate is not None:
         rows = x.numel() // k if k else 0
@@ -176,11 +84,11 @@ def gated_lora_linear(
     Differentiable in x, weight, lora_a, lora_b, bias, residual. Raises ValueError for shapes, dtypes, devices, ranks or
     gates other than these.
     """
-    compute = _implementation(implementation, "gated_lora_linear", x.device)
+    compute = choose(implementation, "gated_lora_linear", x.device)
     _check_gated_lora(x, weight, lora_a, lora_b, gate, splits, bias)
     if residual is not None:
-        _check_floating("x residual", x, residual)
-        _check_shape("residual", residual, (*x.shape[:-1], weight.shape[0]), "x's leading shape with N")
+        check_floating("x residual", x, residual)
+        check_shape("residual", residual, (*x.shape[:-1], weight.shape[0]), "x's leading shape with N")
     return compute(
         x, weight, lora_a, lora_b, gate, scale=scale, splits=splits, bias=bias, residual=residual
     )  # fmt: skip
@@ -204,24 +112,24 @@ def gated_lora_swiglu(
     default (F, F), an adapter for each projection. Returns (..., F). Differentiable in x, weight, lora_a, lora_b, bias.
     Raises ValueError for other shapes, dtypes, devices, ranks or gates.
     """
-    compute = _implementation(implementation, "gated_lora_swiglu", x.device)
+    compute = choose(implementation, "gated_lora_swiglu", x.device)
     if weight.ndim != 2 or weight.shape[0] % 2:
-        raise ValueError(f"weight has shape {_shape(weight)}; accepted is (2 F, K)")
+        raise ValueError(f"weight has shape {shape_of(weight)}; accepted is (2 F, K)")
     splits = (weight.shape[0] // 2,) * 2 if splits is None else splits
     _check_gated_lora(x, weight, lora_a, lora_b, gate, splits, bias)
     return compute(x, weight, lora_a, lora_b, gate, scale=scale, splits=splits, bias=bias)
 
 
 def _check_rule(rule: AttentionRule, t: int, b: int, device: torch.device) -> None:
-    _check_shape("rule.visible", rule.visible, (t, b), "(T, B)")
-    _check_shape("rule.block", rule.block, (t,), "(T,)")
-    _check_shape("rule.slot", rule.slot, (t,), "(T,)")
-    _check_shape("rule.mask_start", rule.mask_start, (b,), "(B,)")
+    check_shape("rule.visible", rule.visible, (t, b), "(T, B)")
+    check_shape("rule.block", rule.block, (t,), "(T,)")
+    check_shape("rule.slot", rule.slot, (t,), "(T,)")
+    check_shape("rule.mask_start", rule.mask_start, (b,), "(B,)")
     if rule.first is not None:
-        _check_shape("rule.first", rule.first, (t, b), "(T, B)")
-        _check_integer("rule.first", rule.first, device)
+        check_shape("rule.first", rule.first, (t, b), "(T, B)")
+        check_integer("rule.first", rule.first, device)
     for name in ("visible", "block", "slot", "mask_start"):
-        _check_integer(f"rule.{name}", getattr(rule, name), device)
+        check_integer(f"rule.{name}", getattr(rule, name), device)
     if not 0 <= rule.num_masks <= t:
         raise ValueError(f"rule.num_masks is {rule.num_masks}; accepted is 0 to T = {t}")
 
@@ -247,15 +155,15 @@ def attention(
     Differentiable in q, k, v. Raises ValueError for shapes, dtypes or devices other than these; the *values* in the rule
     are not checked.
     """
-    compute = _implementation(implementation, "attention", q.device)
+    compute = choose(implementation, "attention", q.device)
     if q.ndim != 4 or k.ndim != 4:
-        raise ValueError(f"q has shape {_shape(q)} and k {_shape(k)}; accepted are q (T, B, H, D) and k (B, H_kv, S, D)")
+        raise ValueError(f"q has shape {shape_of(q)} and k {shape_of(k)}; accepted are q (T, B, H, D) and k (B, H_kv, S, D)")
     t, b, h, d = q.shape
-    _check_shape("k", k, (b, k.shape[1], k.shape[2], d), "(B, H_kv, S, D)")
-    _check_shape("v", v, tuple(k.shape), "k's shape")
+    check_shape("k", k, (b, k.shape[1], k.shape[2], d), "(B, H_kv, S, D)")
+    check_shape("v", v, tuple(k.shape), "k's shape")
     if not k.shape[1] or h % k.shape[1]:
         raise ValueError(f"q has {h} heads and k {k.shape[1]}; accepted is a number of query heads that is a multiple of the key heads")
-    _check_floating("q k v", q, k, v)
+    check_floating("q k v", q, k, v)
     if rule._cache.get("checked") != (t, b, q.device):  # a rule serves every layer of a pass
         _check_rule(rule, t, b, q.device)
         rule._cache["checked"] = (t, b, q.device)
@@ -272,11 +180,11 @@ def rms_norm(
     x, residual: (..., d). weight: (d,). Returns y (..., d), or the pair (y, x + residual) when a residual is passed.
     The mean is taken in float32. Differentiable in x, weight, residual. Raises ValueError for other shapes, dtypes, devices.
     """
-    compute = _implementation(implementation, "rms_norm", x.device)
-    _check_shape("weight", weight, tuple(x.shape[-1:]), "(d,), x's last dimension,")
-    _check_floating("x weight residual", x, weight, residual)
+    compute = choose(implementation, "rms_norm", x.device)
+    check_shape("weight", weight, tuple(x.shape[-1:]), "(d,), x's last dimension,")
+    check_floating("x weight residual", x, weight, residual)
     if residual is not None:
-        _check_shape("residual", residual, tuple(x.shape), "x's shape")
+        check_shape("residual", residual, tuple(x.shape), "x's shape")
     return compute(x, weight, eps, residual)
 
 
@@ -307,9 +215,9 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = t
 
     positions: (...) integer. frequencies: (D / 2,) float32. Returns two (..., D), computed in float32, in `dtype`.
     """
-    _check_integer("positions", positions, frequencies.device)
+    check_integer("positions", positions, frequencies.device)
     if frequencies.ndim != 1:
-        raise ValueError(f"frequencies has shape {_shape(frequencies)}; accepted is (D / 2,)")
+        raise ValueError(f"frequencies has shape {shape_of(frequencies)}; accepted is (D / 2,)")
     return reference.rotary_tables(positions, frequencies, dtype)
 
 
@@ -319,13 +227,13 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, implementation: str
     x: (..., H, D). cos, sin: (..., D), see `rotary_tables` (sin's first half is negated, so y = x cos + swap(x) sin).
     Returns x's shape. Differentiable in x. Raises ValueError for other shapes, dtypes or devices.
     """
-    compute = _implementation(implementation, "rotary_embedding", x.device)
+    compute = choose(implementation, "rotary_embedding", x.device)
     if x.ndim < 2 or x.shape[-1] % 2:
-        raise ValueError(f"x has shape {_shape(x)}; accepted is (..., H, D) with even D")
+        raise ValueError(f"x has shape {shape_of(x)}; accepted is (..., H, D) with even D")
     expected = (*x.shape[:-2], x.shape[-1])
-    _check_shape("cos", cos, expected, "(..., D)")
-    _check_shape("sin", sin, expected, "(..., D)")
-    _check_floating("x cos sin", x, cos, sin)
+    check_shape("cos", cos, expected, "(..., D)")
+    check_shape("sin", sin, expected, "(..., D)")
+    check_floating("x cos sin", x, cos, sin)
     return compute(x, cos, sin)
 
 
@@ -342,19 +250,19 @@ def rotary_write(
     0 <= start[b] and start[b] + T <= S. The Triton kernel leaves other columns' rows out, the reference raises IndexError.
     Not differentiable. Raises ValueError for other shapes, dtypes, devices or strides, and for arguments that require gradients.
     """
-    compute = _implementation(implementation, "rotary_write", qkv.device)
+    compute = choose(implementation, "rotary_write", qkv.device)
     if qkv.ndim != 4 or keys.ndim != 4 or not 0 < 2 * keys.shape[2] < qkv.shape[2] or qkv.shape[3] % 2:
         raise ValueError(
-            f"qkv has shape {_shape(qkv)} and keys {_shape(keys)}; accepted are (T, B, H + 2 H_kv, D) and (S, B, H_kv, D) with even D"
+            f"qkv has shape {shape_of(qkv)} and keys {shape_of(keys)}; accepted are (T, B, H + 2 H_kv, D) and (S, B, H_kv, D) with even D"
         )
     t, b, _, d = qkv.shape
-    _check_shape("keys", keys, (keys.shape[0], b, keys.shape[2], d), "(S, B, H_kv, D)")
-    _check_shape("values", values, tuple(keys.shape), "keys' shape")
-    _check_shape("cos", cos, (t, b, d), "(T, B, D)")
-    _check_shape("sin", sin, (t, b, d), "(T, B, D)")
-    _check_shape("start", start, (b,), "(B,)")
-    _check_floating("qkv cos sin keys values", qkv, cos, sin, keys, values)
-    _check_integer("start", start, qkv.device)
+    check_shape("keys", keys, (keys.shape[0], b, keys.shape[2], d), "(S, B, H_kv, D)")
+    check_shape("values", values, tuple(keys.shape), "keys' shape")
+    check_shape("cos", cos, (t, b, d), "(T, B, D)")
+    check_shape("sin", sin, (t, b, d), "(T, B, D)")
+    check_shape("start", start, (b,), "(B,)")
+    check_floating("qkv cos sin keys values", qkv, cos, sin, keys, values)
+    check_integer("start", start, qkv.device)
     for name, tensor in (("keys", keys), ("values", values)):
         if tensor.stride(3) != 1:
             raise ValueError(f"{name} has stride {tensor.stride(3)} along D; accepted is 1")
@@ -368,10 +276,10 @@ def swiglu(x: Tensor, *, implementation: str | None = None) -> Tensor:
 
     x: (..., 2 F). Returns (..., F). Differentiable in x. Raises ValueError for an odd last dimension or another dtype.
     """
-    compute = _implementation(implementation, "swiglu", x.device)
+    compute = choose(implementation, "swiglu", x.device)
     if x.ndim < 1 or x.shape[-1] % 2:
-        raise ValueError(f"x has shape {_shape(x)}; accepted is (..., 2 F)")
-    _check_floating("x", x)
+        raise ValueError(f"x has shape {shape_of(x)}; accepted is (..., 2 F)")
+    check_floating("x", x)
     return compute(x)
 
 
@@ -382,7 +290,7 @@ def _check_sampler(weights: SamplerWeights, d: int) -> None:
     for name, tensor, expected in zip(
         SamplerWeights._fields, weights, ((d, 2 * d), (d,), (d,), (d,), (d, d), (d,), (d,), (d,)), strict=True
     ):
-        _check_shape(f"weights.{name}", tensor, expected, "its shape for this d")
+        check_shape(f"weights.{name}", tensor, expected, "its shape for this d")
 
 
 def sampler_hidden(
@@ -394,10 +302,10 @@ def sampler_hidden(
     the final norm. Returns (..., d); its product with lm_head are the sampler's logits. Differentiable in everything.
     Raises ValueError for other shapes, dtypes or devices.
     """
-    compute = _implementation(implementation, "sampler_hidden", z.device)
-    _check_shape("previous", previous, tuple(z.shape), "z's shape")
+    compute = choose(implementation, "sampler_hidden", z.device)
+    check_shape("previous", previous, tuple(z.shape), "z's shape")
     _check_sampler(weights, z.shape[-1])
-    _check_floating("z previous " + _SAMPLER_NAMES, z, previous, *weights)
+    check_floating("z previous " + _SAMPLER_NAMES, z, previous, *weights)
     return compute(previous, z, weights)
 
 
@@ -421,16 +329,16 @@ def sampler_draft(
     embedding, lm_head: (V, d). candidates: 1 to V; V is the vocabulary, as is None. Returns (B, k) int64; the lowest id
     wins a tie. Not differentiable. Raises ValueError for other shapes, dtypes, devices or candidates.
     """
-    compute = _implementation(implementation, "sampler_draft", z.device)
+    compute = choose(implementation, "sampler_draft", z.device)
     if z.ndim != 3:
-        raise ValueError(f"z has shape {_shape(z)}; accepted is (B, k, d)")
+        raise ValueError(f"z has shape {shape_of(z)}; accepted is (B, k, d)")
     b, _, d = z.shape
-    _check_shape("first", first, (b,), "(B,)")
-    _check_integer("first", first, z.device)
-    _check_shape("embedding", embedding, (embedding.shape[0], d), "(V, d)")
-    _check_shape("lm_head", lm_head, (lm_head.shape[0], d), "(V, d)")
+    check_shape("first", first, (b,), "(B,)")
+    check_integer("first", first, z.device)
+    check_shape("embedding", embedding, (embedding.shape[0], d), "(V, d)")
+    check_shape("lm_head", lm_head, (lm_head.shape[0], d), "(V, d)")
     _check_sampler(weights, d)
-    _check_floating("z embedding lm_head " + _SAMPLER_NAMES, z, embedding, lm_head, *weights)
+    check_floating("z embedding lm_head " + _SAMPLER_NAMES, z, embedding, lm_head, *weights)
     if candidates is not None and (type(candidates) is not int or not 1 <= candidates <= lm_head.shape[0]):
         raise ValueError(f"candidates is {candidates!r}; accepted are an int from 1 to V = {lm_head.shape[0]}, or None")
     return compute(z, first, embedding, weights, lm_head, candidates=candidates)
@@ -460,15 +368,15 @@ def linear_cross_entropy(
     hidden's dtype, so that the backward makes no logits; a gradient of lm_head makes them again. Raises ValueError for other
     shapes, dtypes, devices, a soft outside 0 to 1 or a chunk below 1.
     """
-    compute = _implementation(implementation, "linear_cross_entropy", hidden.device)
+    compute = choose(implementation, "linear_cross_entropy", hidden.device)
     if lm_head.ndim != 2 or hidden.shape[-1:] != lm_head.shape[1:]:
-        raise ValueError(f"hidden has shape {_shape(hidden)} and lm_head {_shape(lm_head)}; accepted are (..., d) and (V, d)")
-    _check_shape("labels", labels, tuple(hidden.shape[:-1]), "hidden's leading shape")
+        raise ValueError(f"hidden has shape {shape_of(hidden)} and lm_head {shape_of(lm_head)}; accepted are (..., d) and (V, d)")
+    check_shape("labels", labels, tuple(hidden.shape[:-1]), "hidden's leading shape")
     if labels.dtype != torch.int64 or labels.device != hidden.device:
         raise ValueError(f"labels are {labels.dtype} on {labels.device}; accepted is torch.int64 on {hidden.device}")
-    _check_floating("hidden lm_head teacher", hidden, lm_head, teacher)
+    check_floating("hidden lm_head teacher", hidden, lm_head, teacher)
     if teacher is not None:
-        _check_shape("teacher", teacher, _shape(hidden), "hidden's shape")
+        check_shape("teacher", teacher, shape_of(hidden), "hidden's shape")
     if not 0 <= soft <= 1:
         raise ValueError(f"soft is {soft}; accepted is 0 to 1")
     if chunk < 1:
@@ -483,12 +391,12 @@ def latent_consistency(z: Tensor, target: Tensor, index: Tensor, weight: Tensor,
     weight: (M,) float32, constant; where it is 0, z may be any finite number. Returns one float32 number.
     Differentiable, in z alone. Raises ValueError for other shapes, dtypes or devices.
     """
-    compute = _implementation(implementation, "latent_consistency", z.device)
+    compute = choose(implementation, "latent_consistency", z.device)
     if z.ndim != 2 or target.ndim != 2 or not z.shape[1] or z.shape[1] != target.shape[1]:
-        raise ValueError(f"z has shape {_shape(z)} and target {_shape(target)}; accepted are (M, d) and (N, d) with d of 1 or more")
-    _check_floating("z target", z, target)
+        raise ValueError(f"z has shape {shape_of(z)} and target {shape_of(target)}; accepted are (M, d) and (N, d) with d of 1 or more")
+    check_floating("z target", z, target)
     for name, tensor, dtype in (("index", index, torch.int64), ("weight", weight, torch.float32)):
-        _check_shape(name, tensor, (z.shape[0],), "(M,)")
+        check_shape(name, tensor, (z.shape[0],), "(M,)")
         if tensor.dtype != dtype or tensor.device != z.device:
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; accepted is {dtype} on {z.device}")
     return compute(z, target, index, weight)
@@ -501,10 +409,10 @@ def linear_argmax(hidden: Tensor, weight: Tensor, *, implementation: str | None 
     their dtype, so a row's id does not depend on the rows beside it. A row with a NaN among its logits gets some id from 0 to V - 1.
     Not differentiable. Raises ValueError for other shapes, dtypes or devices, and for an empty vocabulary.
     """
-    compute = _implementation(implementation, "linear_argmax", hidden.device)
+    compute = choose(implementation, "linear_argmax", hidden.device)
     if weight.ndim != 2 or not weight.shape[0] or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden has shape {_shape(hidden)} and weight {_shape(weight)}; accepted are (..., d) and (V, d) with V from 1")
-    _check_floating("hidden weight", hidden, weight)
+        raise ValueError(f"hidden has shape {shape_of(hidden)} and weight {shape_of(weight)}; accepted are (..., d) and (V, d) with V from 1")
+    check_floating("hidden weight", hidden, weight)
     return compute(hidden, weight)
 
 
@@ -518,16 +426,16 @@ def accept(
     Returns (a, next), (B,) each: a = the largest count such that d_i == y_{i-1} for *all* i <= a (a match after a
     mismatch counts for nothing), next = y_a. Raises ValueError for other shapes or dtypes.
     """
-    compute = _implementation(implementation, "accept", drafts.device)
+    compute = choose(implementation, "accept", drafts.device)
     if drafts.ndim != 2:
-        raise ValueError(f"drafts has shape {_shape(drafts)}; accepted is (B, k)")
+        raise ValueError(f"drafts has shape {shape_of(drafts)}; accepted is (B, k)")
     b, k = drafts.shape
-    _check_shape("predictions", predictions, (b, k + 1), "(B, k + 1)")
-    _check_integer("drafts", drafts, predictions.device)
-    _check_integer("predictions", predictions, drafts.device)
+    check_shape("predictions", predictions, (b, k + 1), "(B, k + 1)")
+    check_integer("drafts", drafts, predictions.device)
+    check_integer("predictions", predictions, drafts.device)
     if counts is not None:
-        _check_shape("counts", counts, (b,), "(B,)")
-        _check_integer("counts", counts, drafts.device)
+        check_shape("counts", counts, (b,), "(B,)")
+        check_integer("counts", counts, drafts.device)
     return compute(drafts, predictions, counts)
 
 
@@ -551,16 +459,16 @@ def accept_and_commit(
     may still be written (1 or more, 0 for a finished sequence). finished: (B,) bool. eos: (E,) int64, E may be 0.
     Returns (a, next, written), (B,) int64 each, a and next as `accept` has them. Raises ValueError for other shapes or dtypes.
     """
-    compute = _implementation(implementation, "accept_and_commit", drafts.device)
+    compute = choose(implementation, "accept_and_commit", drafts.device)
     if drafts.ndim != 2:
-        raise ValueError(f"drafts has shape {_shape(drafts)}; accepted is (B, k)")
+        raise ValueError(f"drafts has shape {shape_of(drafts)}; accepted is (B, k)")
     b, k = drafts.shape
-    _check_shape("predictions", predictions, (b, k + 1), "(B, k + 1)")
+    check_shape("predictions", predictions, (b, k + 1), "(B, k + 1)")
     if eos.ndim != 1:
-        raise ValueError(f"eos has shape {_shape(eos)}; accepted is (E,)")
+        raise ValueError(f"eos has shape {shape_of(eos)}; accepted is (E,)")
     each = {"counts": counts, "lengths": lengths, "room": room, "finished": finished}
     for name, tensor in each.items():
-        _check_shape(name, tensor, (b,), "(B,)")
+        check_shape(name, tensor, (b,), "(B,)")
     for name, tensor in (each | {"drafts": drafts, "predictions": predictions, "eos": eos}).items():
         dtype = torch.bool if name == "finished" else torch.int64
         if tensor.dtype != dtype or tensor.device != drafts.device:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mtp_model.decode import generate
 from mtp_model.layout import MODES
 from mtp_model.model import MTPModel
-from mtp_model.prompts import read_prompts
+from mtp_model.records import read_prompts
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,6 @@
-"""Training data: JSON lines or parquet to token sequences that know which of their tokens are answers.
+"""Training data: records to token sequences that know which of their tokens are answers.
 
-Each line (parquet: row) is one of
-
-    {"prompt": "...", "response": "..."}
-    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}
-    {"text": "..."}                                              every token is an answer
-    {"prompt_ids": [1, 2], "response_ids": [3, 4]}               tokens as they are, e.g. a model's own continuation
-
-Messages go through the tokenizer's chat template; a content may be a list of {"type": "text", "text": "..."}. Other keys are
-ignored. End-of-text is appended to responses and texts.
-
-Sources are read one line at a time. What they give is three arrays (tokens, answer flags, where each sequence begins), in memory
+What the sources give (see `records` for their forms) is three arrays: tokens, answer flags, and where each sequence begins, in memory
 or, for more than fits there, in a directory that is mapped into memory and opened again without reading the sources.
 """
 
@@ -19,7 +9,7 @@ import json
 import os
 import sys
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
@@ -31,8 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-FORMS = '{"prompt", "response"}, {"messages"}, {"text"} or {"prompt_ids", "response_ids"}'
-KEYS = ("prompt", "response", "messages", "text", "prompt_ids", "response_ids")
+from mtp_model.records import encode_pieces, parse, read_rows
+
 REPORTED = 10  # broken lines that are reported one by one
 STORE = "store.json"
 
@@ -119,152 +109,8 @@ class Batch:
     lengths: Tensor
 
 
-def _plain(message: dict) -> dict:
-    """A message with its content's text parts put together: many templates know text only."""
-    content = message["content"]
-    if not isinstance(content, list):
-        return message
-    for part in content:
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            raise ValueError('a list as "content" must be of {"type": "text", "text"}')
-    return message | {"content": "".join(part["text"] for part in content)}
-
-
-def _encode(tokenizer, text, special: bool = False) -> list[int]:
-    if not isinstance(text, str):
-        raise ValueError(f"found a {type(text).__name__} where text is expected")
-    return tokenizer(text, add_special_tokens=special)["input_ids"]
-
-
-def _chat(record: dict, tokenizer):
-    """The messages of a record, and a function that renders some of them."""
-    from jinja2 import TemplateError
-
-    messages = record["messages"]
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError('found "messages", but the tokenizer has no chat template')
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m and "content" in m for m in messages):
-        raise ValueError('"messages" must be a list of {"role", "content"}')
-
-    def render(messages: list[dict], **options) -> str:
-        try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except TemplateError as error:  # a template's own refusal, e.g. of roles that do not alternate
-            raise ValueError(f"the chat template says: {error}") from None
-
-    return [_plain(message) for message in messages], render
-
-
-def _ids(record: dict, name: str) -> list[int]:
-    if not isinstance(record[name], list) or not all(type(t) is int for t in record[name]):
-        raise ValueError(f"{name} is not a list of integers")
-    return record[name]
-
-
-def _pieces(record: dict, tokenizer, end: list[int]) -> list[tuple[list[int], bool]]:
-    """A record as (ids, is_answer) pieces in order."""
-    if "prompt_ids" in record and "response_ids" in record:
-        return [(_ids(record, "prompt_ids"), False), (_ids(record, "response_ids"), True)]
-    if "prompt" in record and "response" in record:
-        return [(_encode(tokenizer, record["prompt"], special=True), False), (_encode(tokenizer, record["response"]) + end, True)]
-    if "text" in record:
-        return [(_encode(tokenizer, record["text"], special=True) + end, True)]
-    if "messages" in record:
-        messages, render = _chat(record, tokenizer)
-        pieces, done = [], ""
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, after = render(messages[:i], add_generation_prompt=True), render(messages[: i + 1])
-            if not (before.startswith(done) and after.startswith(before)):
-                raise ValueError("the chat template rewrites earlier turns, so answers cannot be told from prompts")
-            pieces += [(_encode(tokenizer, before[len(done) :]), False), (_encode(tokenizer, after[len(before) :]), True)]
-            done = after
-        if not pieces:
-            raise ValueError('"messages" has no assistant turn')
-        return pieces
-    raise ValueError(f"found keys {sorted(record)}; accepted are {FORMS}")
-
-
-def encode_prompt(record: dict, tokenizer, text_tokens: int) -> list[int]:
-    """The token ids of a record's prompt; an answer beside it is not looked at.
-
-    Of {"messages"} all of them, without an assistant turn at the end, with the chat template's opening of an answer; of {"text"} the
-    first `text_tokens` tokens. Raises ValueError for anything else.
-    """
-    try:
-        if "prompt_ids" in record:
-            return _ids(record, "prompt_ids")
-        if "prompt" in record:
-            return _encode(tokenizer, record["prompt"], special=True)
-        if "text" in record:
-            return _encode(tokenizer, record["text"], special=True)[:text_tokens]
-        if "messages" in record:
-            messages, render = _chat(record, tokenizer)
-            if messages and messages[-1]["role"] == "assistant":
-                messages = messages[:-1]
-            return _encode(tokenizer, render(messages, add_generation_prompt=True))
-    except TypeError as error:  # of a tokenizer or a template, about text that it cannot take
-        raise ValueError(error) from None
-    raise ValueError(f"found keys {sorted(record)}; accepted are {FORMS}")
-
-
-def _rows(path: Path) -> Iterator[tuple[str, bytes | dict, float]]:
-    """What a file holds, in order: where it stands, a line as it is or a row as a record, and how many bytes of the file it took."""
-    if path.suffix != ".parquet":
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                yield f"{path}, line {number}", line, len(line)
-        return
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise ValueError(f"{path} is read with pyarrow, which is not installed; pip install mtp-kernels[parquet]") from None
-    number = 0
-    try:
-        # With both settings a row group is read in small parts; a file may be a single one.
-        with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            names = file.schema_arrow.names
-            if not set(names) & set(KEYS):
-                raise ValueError(f"{path} has columns {sorted(names)}; accepted are {FORMS}")
-            share = path.stat().st_size / max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=256, columns=[name for name in names if name in KEYS]):
-                for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020 (counts on from batch to batch)
-                    yield f"{path}, row {number}", _present(row), share
-    except (ArrowException, OSError) as error:
-        raise ValueError(f"{path}, after row {number}: {error}") from None
-
-
-def _present(row: dict) -> dict:
-    """A row without its nulls: a column that another form of record needs, or a key that only some messages have."""
-    row = {name: value for name, value in row.items() if value is not None}
-    if isinstance(row.get("messages"), list):
-        row["messages"] = [
-            {k: v for k, v in m.items() if v is not None or k == "content"} if isinstance(m, dict) else m for m in row["messages"]
-        ]  # fmt: skip
-    return row
-
-
-def _record(row: bytes | dict) -> dict:
-    record = json.loads(row.decode()) if isinstance(row, bytes) else row
-    if not isinstance(record, dict):
-        raise ValueError(f"found a {type(record).__name__}; accepted are {FORMS}")
-    return record
-
-
-def records(path: Path) -> Iterator[tuple[str, dict]]:
-    """The records of a JSON-lines or .parquet file, each with "FILE, line N". Raises ValueError with that for a line that is none."""
-    for where, row, _ in _rows(path):
-        if not isinstance(row, bytes) or row.strip():
-            try:
-                record = _record(row)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: {error}") from None
-            yield where, record
-
-
 def _example(record: dict, tokenizer, end: list[int], vocab_size: int) -> Example:
-    pieces = _pieces(record, tokenizer, end)
+    pieces = encode_pieces(record, tokenizer, end)
     ids = np.array([t for piece, _ in pieces for t in piece], dtype=np.int32)
     if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
         raise ValueError(f"token ids are {ids.min()} to {ids.max()}; the model's vocabulary has {vocab_size}")
@@ -300,12 +146,12 @@ def read_examples(
         skipped = []
         with tqdm(total=sum(p.stat().st_size for p in paths), desc="read", unit="B", unit_scale=True, disable=not progress) as bar:
             for path in paths:
-                for where, row, size in _rows(path):
+                for where, row, size in read_rows(path):
                     bar.update(size)
                     if isinstance(row, bytes) and not row.strip():
                         continue
                     try:
-                        example = _example(_record(row), tokenizer, [] if eos is None else [eos], vocab_size)
+                        example = _example(parse(row), tokenizer, [] if eos is None else [eos], vocab_size)
                     except (ValueError, TypeError, OverflowError, RecursionError) as error:
                         if not skip_broken:
                             raise ValueError(f"{where}: {error}") from None

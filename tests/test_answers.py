@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from mtp_model import generate
 from mtp_model.answers import AnswerOptions, write_answers
 from mtp_model.data import read_examples
-from mtp_model.prompts import read_prompts
+from mtp_model.records import read_prompts
 
 PROMPTS = [[1, 2, 3], [4], [5, 0, 2, 2], [3, 3], [1]]
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"

@@ -14,7 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mtp_model import data
-from mtp_model.data import Example, Examples, collate, encode_prompt, read_examples, records
+from mtp_model import records as files
+from mtp_model.data import Example, Examples, collate, read_examples
+from mtp_model.records import encode_prompt, present, records
 
 WORDS = ["<unk>", "<s>", "</s>", "<user>", "<bot>", "a", "b", "c", "d", "e"]
 ID = {word: i for i, word in enumerate(WORDS)}
@@ -441,7 +443,7 @@ def test_parquet_holds_the_same_forms(read_rows, read, tmp_path):
 def test_null_is_absent_in_rows():
     """So that a template's `'tools' in message` says of a row what it says of a line."""
     message = {"role": "user", "content": None, "tools": None}
-    assert data._present({"text": None, "messages": [message, 5]}) == {"messages": [{"role": "user", "content": None}, 5]}
+    assert present({"text": None, "messages": [message, 5]}) == {"messages": [{"role": "user", "content": None}, 5]}
 
 
 def test_parquet_rows_are_counted(read_rows, capsys):
@@ -465,7 +467,7 @@ def test_parquet_is_read_in_parts(tmp_path):
     table = pyarrow.table({"prompt_ids": ids, "response_ids": ids, "other": ids})
     parquet.write_table(table, tmp_path / "x.parquet", compression="none", use_dictionary=False)
     del table, ids
-    before, rows = pyarrow.total_allocated_bytes(), data._rows(tmp_path / "x.parquet")
+    before, rows = pyarrow.total_allocated_bytes(), files.read_rows(tmp_path / "x.parquet")
     where, row, _ = next(rows)
     assert where.endswith("row 1") and row == {"prompt_ids": list(range(1000)), "response_ids": list(range(1000))}
     assert pyarrow.total_allocated_bytes() - before < 16_000_000

@@ -60,7 +60,8 @@ def valid(name):
 
 
 OPS = ["gated_lora_linear", "attention", "rms_norm", "rotary_frequencies", "rotary_tables", "rotary_embedding",
-       "rotary_write", "linear_argmax", "swiglu", "sampler_hidden", "sampler_draft", "linear_cross_entropy", "latent_consistency", "accept", "accept_and_commit"]  # fmt: skip
+       "rotary_write", "linear_argmax", "swiglu", "sampler_hidden", "sampler_draft", "linear_cross_entropy", "latent_consistency",
+       "accept", "accept_and_commit"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -7,7 +7,7 @@ from pathlib import Path
 from mtp_model.arguments import add_model_arguments, load_asked_model, load_tokenizer
 from mtp_model.config import PROJECTIONS, MTPConfig
 from mtp_model.data import Examples, read_examples
-from mtp_model.prompts import read_prompts
+from mtp_model.records import read_prompts
 from mtp_model.train.config import TrainConfig
 from mtp_model.train.parallel import World
 from mtp_model.train.trainer import Trainer
