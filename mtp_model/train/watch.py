@@ -49,10 +49,12 @@ class Evaluation:
         tokens, passes, mean = 0, 0, 0.0
         for i in range(0, len(prompts), self.batch):
             stats = generate(
-                model, prompts[i : i + self.batch], mode=self.mode, k=self.k, max_new_tokens=self.max_new_tokens
+                model, prompts[i : i + self.batch], mode=self.mode, k=self.k, max_new_tokens=self.max_new_tokens,
+                static=False if world.sharded else None,  # gathering a layer is no part of a captured step
             ).stats  # fmt: skip
             tokens, passes = tokens + sum(stats.tokens), passes + sum(stats.passes)
             mean += sum(t / p for t, p in zip(stats.tokens, stats.passes, strict=True))
+        model.kept_steps.clear()  # their memory is the training's
         model.train(training)
         sums = torch.tensor([tokens, passes, mean], dtype=torch.float64)
         tokens, passes, mean = (world.all_sum(sums) if apart else sums).tolist()
