@@ -23,13 +23,13 @@ from mtp_kernels.triton._tiles import cdiv, rotary_tiles
 
 
 @triton.jit
-def _rotated(x1, x2, cos_ptr, sin_ptr, d, HALF: tl.constexpr, BACKWARD: tl.constexpr):
-    """The halves of x cos + swap(x) sin, float32; the tables' pointers are at the row."""
+def _tables(cos_ptr, sin_ptr, d, HALF: tl.constexpr, BACKWARD: tl.constexpr):
+    """c1, c2, s1, s2 in float32; the pointers are at the row."""
     c1 = tl.load(cos_ptr + d, mask=d < HALF, other=0.0).to(tl.float32)
     c2 = tl.load(cos_ptr + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)
     s1 = tl.load(sin_ptr + (HALF if BACKWARD else 0) + d, mask=d < HALF, other=0.0).to(tl.float32)
     s2 = tl.load(sin_ptr + (0 if BACKWARD else HALF) + d, mask=d < HALF, other=0.0).to(tl.float32)
-    return x1 * c1 + x2 * s1, x2 * c2 + x1 * s2
+    return c1, c2, s1, s2
 
 
 @triton.jit
@@ -41,14 +41,14 @@ def rotary_kernel(
     m = tl.program_id(0).to(tl.int64)
     h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     d = tl.arange(0, BLOCK_D)
+    c1, c2, s1, s2 = _tables(cos_ptr + m * cos_stride, sin_ptr + m * sin_stride, d, HALF, BACKWARD)
     inside = (h < H) & (d < HALF)[None, :]
     x_ptrs = x_ptr + m * x_stride_m + h * x_stride_h + d
     x1 = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_H, BLOCK_D)
     x2 = tl.load(x_ptrs + HALF, mask=inside, other=0.0).to(tl.float32)
     y_ptrs = y_ptr + (m * H + h) * (2 * HALF) + d
-    y1, y2 = _rotated(x1, x2, cos_ptr + m * cos_stride, sin_ptr + m * sin_stride, d, HALF, BACKWARD)
-    tl.store(y_ptrs, y1.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(y_ptrs + HALF, y2.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptrs, (x1 * c1 + x2 * s1).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptrs + HALF, (x2 * c2 + x1 * s2).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -64,21 +64,23 @@ def rotary_write_kernel(
     h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     d = tl.arange(0, BLOCK_D)
     dtype = q_ptr.dtype.element_ty
+    c1, c2, s1, s2 = _tables(cos_ptr + m * cos_stride, sin_ptr + m * sin_stride, d, HALF, False)
     inside = (h < H + 2 * H_KV) & (d < HALF)[None, :]
     x_ptrs = qkv_ptr + m * qkv_stride_m + h * qkv_stride_h + d
     x1 = tl.load(x_ptrs, mask=inside, other=0.0)  # (BLOCK_H, BLOCK_D)
     x2 = tl.load(x_ptrs + HALF, mask=inside, other=0.0)
-    y1, y2 = _rotated(x1.to(tl.float32), x2.to(tl.float32), cos_ptr + m * cos_stride, sin_ptr + m * sin_stride, d, HALF, False)
+    f1, f2 = x1.to(tl.float32), x2.to(tl.float32)
+    y1, y2 = (f1 * c1 + f2 * s1).to(dtype), (f2 * c2 + f1 * s2).to(dtype)
     is_q = inside & (h < H)
     q_ptrs = q_ptr + (m * H + h) * (2 * HALF) + d
-    tl.store(q_ptrs, y1.to(dtype), mask=is_q)
-    tl.store(q_ptrs + HALF, y2.to(dtype), mask=is_q)
+    tl.store(q_ptrs, y1, mask=is_q)
+    tl.store(q_ptrs + HALF, y2, mask=is_q)
     column = tl.load(start_ptr + b * start_stride).to(tl.int64) + t
     written = inside & (h >= H) & (column >= 0) & (column < S)
     is_k = written & (h < H + H_KV)
     k_ptrs = keys_ptr + column * keys_stride_s + b * keys_stride_b + (h - H) * keys_stride_h + d
-    tl.store(k_ptrs, y1.to(dtype), mask=is_k)
-    tl.store(k_ptrs + HALF, y2.to(dtype), mask=is_k)
+    tl.store(k_ptrs, y1, mask=is_k)
+    tl.store(k_ptrs + HALF, y2, mask=is_k)
     is_v = written & (h >= H + H_KV)
     v_ptrs = values_ptr + column * values_stride_s + b * values_stride_b + (h - H - H_KV) * values_stride_h + d
     tl.store(v_ptrs, x1, mask=is_v)
