@@ -88,10 +88,10 @@ def test_with_the_kernels(toy_adapter_model, make_hf_dir, tmp_path, device, mode
     pytest.importorskip("triton")
     save_adapter(toy_adapter_model(k=2, rank=4, num_hidden_layers=1), tmp_path / "adapter")
     model = load_adapter(tmp_path / "adapter").apply(load_model(tmp_path / "base", device=device, implementation="triton"))
-    static, host = both_ways(model, PROMPTS[1:3], mode=mode, max_new_tokens=5, eos=())
+    static, host = both_ways(model, PROMPTS[1:3], mode=mode, max_new_tokens=4, eos=())
     assert static.tokens == host.tokens and static.stats.passes == host.stats.passes
     plain = load_model(tmp_path / "base", device=device, implementation="reference")
-    assert static.tokens == generate(plain, PROMPTS[1:3], mode="autoregressive", max_new_tokens=5, eos=()).tokens
+    assert static.tokens == generate(plain, PROMPTS[1:3], mode="autoregressive", max_new_tokens=4, eos=()).tokens
 
 
 class _NoWaiting(TorchDispatchMode):
