@@ -36,10 +36,14 @@ LONGEST = 2**20
 
 
 def cases(args) -> list[Case]:
-    """What was asked for. Of a Llama shape a short sequence, which the plain way has room for on a GPU of 80 GB, and a long one."""
+    """What was asked for. Of the demo by default its recipe's batch, and two sequences with masks after every position, the paper's recipe. Of
+    a Llama shape a short sequence, which the plain way has room for on a GPU of 80 GB, and a long one."""
     chosen = []
     for shape in args.shape or ([DEMO] if args.device == "cpu" else list(CONFIGS)):
         demo = shape == DEMO
+        if demo and args.batch_size is args.length is args.anchors is None:
+            chosen += [Case(shape, size, 192, anchors, args.masks, args.rank or 32) for size, anchors in ((16, 24), (2, None))]
+            continue
         anchors = args.anchors if args.anchors is not None else 24 if demo else 0
         for length in [args.length] if args.length else [192] if demo else [512, 2048]:
             chosen.append(Case(shape, args.batch_size or (16 if demo else 1), length, anchors or None, args.masks, args.rank or (32 if demo else 128)))
@@ -175,22 +179,27 @@ def fit(case: Case, way: Way, args) -> int:
     return longest(fits)
 
 
+def _case(record: dict) -> tuple:
+    return record["shape"], record["batch_size"], record["length"], record["anchors"]
+
+
 def main_table(records: list[dict]) -> str:
     """The result table in Markdown; of each case the fastest way is marked."""
     header = ["training step", "s per step (20 to 80 %)", "tokens/s", "mask rows/s", "over plain", "peak MiB", "above start", "error"]
     lines, fastest = [], {}
     for record in records:
-        key = record["shape"], record["length"]
+        key = _case(record)
         if "seconds" in record and record["tokens_per_second"] > fastest.get(key, {"tokens_per_second": 0})["tokens_per_second"]:
             fastest[key] = record
     for record in records:
-        label = f"{record['shape']}, {record['batch_size']} x {record['length']}: {record['way']}"
+        anchors = "masks after all" if record["anchors"] is None else f"after {record['anchors']} each"
+        label = f"{record['shape']}, {record['batch_size']} x {record['length']}, {anchors}: {record['way']}"
         errors = record["error"].values()
         error = "not finite" if None in errors else f"{max(errors):.0e}"
         if "seconds" not in record:
             lines.append([label, record["status"], *["-"] * 5, error])
             continue
-        label += " **(best)**" if fastest[record["shape"], record["length"]] is record else ""
+        label += " **(best)**" if fastest[_case(record)] is record else ""
         cells = [label, "{:.3g} ({:.3g} to {:.3g})".format(*percentiles(record["seconds"]))]
         cells += [f"{record['tokens_per_second']:.0f}", f"{record['mask_rows_per_second']:.0f}"]
         cells.append("{:.2f}x ({:.2f} to {:.2f})".format(*record["over_plain"]) if record["over_plain"] else "-")
