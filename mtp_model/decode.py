@@ -17,7 +17,7 @@ from mtp_kernels import accept
 from mtp_model.cache import KVCache
 from mtp_model.layout import MODES, Layout, decoding_layout, prefill_layout
 from mtp_model.model import MTPModel
-from mtp_model.static import StaticStep, drafting_states, keep_step, take_step
+from mtp_model.static import StaticStep, blocks_behind, drafting_states, keep_step, take_step
 
 
 @dataclass
@@ -204,11 +204,11 @@ class Decoding:
         if not self.k or all(self.finished):
             return None, nothing
         began = time.perf_counter()
-        states, at = drafting_states(layout, z, accepted)
-        drafted = tuple(at.tolist()) if layout.num_blocks <= self.k else (True,) * len(self.finished)
+        behind = blocks_behind(layout, accepted)
+        drafted = tuple(behind.any(0).tolist()) if layout.num_blocks <= self.k else (True,) * len(self.finished)
         if not any(drafted):
             return None, nothing
-        drafts = self.model.draft(states, newest, self.use_sampler, self.draft_candidates)
+        drafts = self.model.draft(drafting_states(layout, z, behind), newest, self.use_sampler, self.draft_candidates)
         self._book("draft", began)
         return drafts, drafted
 

@@ -145,9 +145,10 @@ class StaticStep:
         """New drafts from the block behind the last accepted token, where there is one."""
         if not self.k:
             return
-        states, drafted = drafting_states(layout, z, accepted)
+        behind = blocks_behind(layout, accepted)
+        states = drafting_states(layout, z, behind)
         self.drafts.copy_(self.model.draft(states, self.newest, self.use_sampler, self.draft_candidates))
-        self.drafted.copy_(drafted)
+        self.drafted.copy_(behind.any(0))
 
     def _read(self, outcome: Tensor) -> Outcome:
         k, rows = self.k, outcome.tolist()
@@ -178,10 +179,13 @@ def keep_step(step: StaticStep) -> None:
         del kept[next(iter(kept))]
 
 
-def drafting_states(layout: Layout, z: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
-    """The states (B, k, d) of each sequence's block behind row `accepted`, and which sequences have one (B,)."""
-    at = layout.anchors == accepted  # (A, B)
-    block = at.to(torch.int64).argmax(0)  # the first such block
-    first = layout.num_ntp + block * layout.k
+def blocks_behind(layout: Layout, accepted: Tensor) -> Tensor:
+    """(A, B) which blocks stand behind each sequence's row `accepted` (B,)."""
+    return layout.anchors == accepted
+
+
+def drafting_states(layout: Layout, z: Tensor, behind: Tensor) -> Tensor:
+    """The states (B, k, d) of the first block behind each sequence's last accepted row; of a sequence without one any block's."""
+    first = layout.num_ntp + behind.to(torch.int64).argmax(0) * layout.k
     index = first.unsqueeze(1) + torch.arange(layout.k, device=z.device)  # (B, k)
-    return z[index, torch.arange(z.shape[1], device=z.device).unsqueeze(1)], at.any(0)
+    return z[index, torch.arange(z.shape[1], device=z.device).unsqueeze(1)]
