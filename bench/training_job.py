@@ -23,13 +23,17 @@ BATCHES = 3  # different ones, in turn
 ROUNDING = 1e-4  # of float32, as a share of a gradient's largest value; sound ways are at some 1e-6
 ROUNDING_16 = 2e-2  # of a whole model's losses in 16 bits
 DEMO = "demo"
-LLAMA3 = dict(
-    vocab_size=128256, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072, rope_theta=500000.0,
-    rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192),
-)  # fmt: skip
+def _llama3(factor: float, **sizes) -> ModelConfig:
+    """A Llama 3 of these sizes; factor: its rope scaling's."""
+    return ModelConfig(
+        vocab_size=128256, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072, rope_theta=500000.0, **sizes,
+        rope_scaling=dict(rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192),
+    )  # fmt: skip
+
+
 CONFIGS = {
-    "Llama-3.2-1B": ModelConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64, tie_word_embeddings=True, **LLAMA3),
-    "Llama-3.1-8B": ModelConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128, **LLAMA3),
+    "Llama-3.2-1B": _llama3(32.0, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64, tie_word_embeddings=True),
+    "Llama-3.1-8B": _llama3(8.0, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128),
 }
 
 
