@@ -14,6 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def reciprocal_rms(x: Tensor, eps: float) -> Tensor:
+    """(..., 1) of x (..., d), float32 or float64."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x W^T (+ b) (+ residual) for x of shape (M, K); see `reference` for the row that is doubled."""
     single = x.shape[0] == 1 and x.device.type == "cpu"
@@ -85,16 +90,15 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return torch.rms_norm(x, weight.shape, weight, eps)
+        r = reciprocal_rms(x, eps)
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).mul_(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        x, weight = ctx.saved_tensors
+        x, weight, r = ctx.saved_tensors
         d = x.shape[-1]
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(d).add_(ctx.eps).rsqrt_()
         dx = dweight = None
         if ctx.needs_input_grad[1]:
             dweight = (dy * x).mul_(r).reshape(-1, d).sum(0)

@@ -19,12 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtp_kernels._gradients import AdaptedLinear, RMSNorm, SwiGLU, matmul
+from mtp_kernels._gradients import AdaptedLinear, RMSNorm, SwiGLU, matmul, reciprocal_rms
 from mtp_kernels.types import AttentionRule, SamplerWeights
 
 KEY_CHUNK = 256
 MIN_ROWS = 8
 ROW_TILE = 128
+
+
+def _sizes(x: Tensor) -> tuple[int, ...]:
+    """The shape as numbers: a tracer (see `mtp_model.static`) would record what is computed from its own."""
+    return tuple(map(int, x.shape))
 
 
 def gated_lora_linear(
@@ -39,8 +44,8 @@ def gated_lora_linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    n = weight.shape[0]
-    rows = x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1])
+    (*leading, width), (n, _) = _sizes(x), _sizes(weight)
+    rows = x.view(-1, width) if x.is_contiguous() else x.reshape(-1, width)
     residual = None if residual is None else residual.reshape(-1, n)
     if isinstance(gate, Tensor) and gate.dtype is not torch.bool:
         gate = int(gate)
@@ -57,7 +62,7 @@ def gated_lora_linear(
         else:
             on = gate.reshape(-1).nonzero().squeeze(1)
             y = y.index_add(0, on, F.linear(F.linear(rows[on], lora_a), lora_b), alpha=scale)
-    return y.view(*x.shape[:-1], n)
+    return y.view(*leading, n)
 
 
 def gated_lora_swiglu(
@@ -79,7 +84,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | No
     if residual is not None:
         x = x + residual
     if x.dtype is torch.float32:
-        y = RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else torch.rms_norm(x, weight.shape, weight, eps)
+        y = RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else (x * reciprocal_rms(x, eps)).mul_(weight)
     else:  # normalised in float32, rounded, then weighted: the order of transformers' Llama
         y = F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
     return y if residual is None else (y, x)
@@ -106,12 +111,11 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = t
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return torch.addcmul(x * cos.unsqueeze(-2), x.roll(x.shape[-1] // 2, -1), sin.unsqueeze(-2))
+    return torch.addcmul(x * cos.unsqueeze(-2), x.roll(int(x.shape[-1]) // 2, -1), sin.unsqueeze(-2))
 
 
 def rotary_write(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: Tensor) -> Tensor:
-    t, b, heads, _ = qkv.shape
-    kv_heads = keys.shape[2]
+    (t, b, heads, _), kv_heads = _sizes(qkv), int(keys.shape[2])
     qk, v = qkv.split([heads - kv_heads, kv_heads], dim=2)
     q, k = rotary_embedding(qk, cos, sin).split([heads - 2 * kv_heads, kv_heads], dim=2)
     at = start.long() + torch.arange(t, device=qkv.device).unsqueeze(1), torch.arange(b, device=qkv.device)  # (T, B), (B,)
@@ -122,8 +126,8 @@ def rotary_write(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Te
 def swiglu(x: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return SwiGLU.apply(x)
-    half = x.shape[-1] // 2
-    return F.silu(x[..., :half]) * x[..., half:]
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate).mul_(up)
 
 
 def _additive(allowed: Tensor) -> Tensor:
@@ -140,7 +144,7 @@ def allowed_keys(rule: AttentionRule, num_columns: int | None = None) -> Tensor:
     if rule.first is not None:
         allowed = allowed & (columns >= rule.first.t().unsqueeze(-1))
     if rule.num_masks:
-        start = rule.visible.shape[0] - rule.num_masks
+        start = int(rule.visible.shape[0]) - rule.num_masks
         own = (rule.block.unsqueeze(1) == rule.block[start:]) & (rule.slot[start:] <= rule.slot.unsqueeze(1))
         index = columns - rule.mask_start.unsqueeze(1)  # (B, num_columns): which mask a column holds
         inside = (index >= 0) & (index < rule.num_masks)
@@ -152,7 +156,7 @@ def allowed_keys(rule: AttentionRule, num_columns: int | None = None) -> Tensor:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, *, scale: float | None = None, ntp_key_gradients: bool = True
 ) -> Tensor:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = int(q.shape[-1]) ** -0.5 if scale is None else scale
     if q.dtype != torch.float32:
         return attention(q.float(), k[:, :, : rule.num_keys].float(), v[:, :, : rule.num_keys].float(), rule,
                          scale=scale, ntp_key_gradients=ntp_key_gradients).to(q.dtype)  # fmt: skip
@@ -193,8 +197,7 @@ def _tiled_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale
 
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale: float) -> Tensor:
-    t, b, h, d = q.shape
-    kv_heads = k.shape[1]
+    (t, b, h, d), (_, kv_heads, stored, _) = _sizes(q), _sizes(k)
     groups = h // kv_heads
     rows = max(groups * t, MIN_ROWS)
     columns = -(-rule.num_keys // KEY_CHUNK) * KEY_CHUNK
@@ -204,10 +207,9 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale
         bias = F.pad(_additive(allowed_keys(rule, columns)).repeat(1, groups, 1), (0, 0, 0, rows - groups * t))
         bias = bias if b == 1 else bias.repeat_interleave(kv_heads, dim=0)
         rule._cache[key] = [bias[..., piece] for piece in pieces]
-    if columns > k.shape[2]:
-        k, v = (F.pad(x, (0, 0, 0, columns - x.shape[2])) for x in (k, v))
-    keys = k[:, :, :columns].reshape(b * kv_heads, columns, d)
-    values = v[:, :, :columns].reshape(b * kv_heads, columns, d)
+    if columns > stored:
+        k, v = (F.pad(x, (0, 0, 0, columns - stored)) for x in (k, v))
+    keys, values = (x.narrow(2, 0, columns).reshape(b * kv_heads, columns, d) for x in (k, v))
     packed = q.view(t, b, kv_heads, groups, d).permute(1, 2, 3, 0, 4).reshape(b * kv_heads, groups * t, d)
     if rows > groups * t:
         packed = F.pad(packed, (0, 0, 0, rows - groups * t))
@@ -222,7 +224,7 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale
         out = torch.bmm(probabilities[..., pieces[0]], values[:, pieces[0]])
         for piece in pieces[1:]:
             out = out + torch.bmm(probabilities[..., piece], values[:, piece])
-    out = out[:, : groups * t].view(b, kv_heads, groups, t, d)
+    out = out.narrow(1, 0, groups * t).view(b, kv_heads, groups, t, d)
     return out.permute(3, 0, 1, 2, 4).reshape(t, b, h, d)
 
 
@@ -268,14 +270,15 @@ def sampler_hidden(previous: Tensor, z: Tensor, weights: SamplerWeights) -> Tens
 def sampler_draft(
     z: Tensor, first: Tensor, embedding: Tensor, weights: SamplerWeights, lm_head: Tensor, *, candidates: int | None = None
 ) -> Tensor:
-    d, ids = z.shape[-1], None
+    d, ids = int(z.shape[-1]), None
     if candidates is not None and candidates < lm_head.shape[0]:  # a list of everything would only be slower
         # (B, k, C), by id, so that the first of equal logits is the lowest id
         ids = F.linear(z, lm_head).topk(candidates, dim=-1, sorted=False).indices.sort(-1).values
     from_mask = F.linear(z, weights.w1[:, d:], weights.b1)  # all k masks at once; only the token's half is sequential
+    from_token = weights.w1[:, :d].t()
     drafts, token = [], first
     for i in range(z.shape[1]):
-        h = torch.addmm(from_mask[:, i], F.embedding(token, embedding), weights.w1[:, :d].t())
+        h = torch.addmm(from_mask[:, i], F.embedding(token, embedding), from_token)
         h = _sampler_tail(h, weights)
         if ids is None:
             token = F.linear(h, lm_head).argmax(-1)

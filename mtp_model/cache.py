@@ -15,14 +15,14 @@ from torch import Tensor
 
 from mtp_model.config import ModelConfig
 
-_ALIGNMENT = 256  # columns; whole pieces, so that attention in pieces of this many never needs a padded copy
+ALIGNMENT = 256  # columns; whole pieces, so that attention in pieces of this many never needs a padded copy
 
 
 class KVCache:
     """Keys and values of `batch` sequences, up to `capacity` columns each (stored are `columns`); `lengths[b]` of them are committed."""
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, device=None, dtype: torch.dtype = torch.float32):
-        columns = -(-capacity // _ALIGNMENT) * _ALIGNMENT
+        columns = -(-capacity // ALIGNMENT) * ALIGNMENT
         # Stored by column, (S, B, H_kv, D), as a pass's rows come, so that writing them is one copy.
         # Zeros, not empty memory: a column nobody may attend still enters a product with probability 0, and 0 * NaN is NaN.
         shape = (config.num_hidden_layers, columns, batch, config.num_key_value_heads, config.head_dim)
@@ -55,6 +55,10 @@ class KVCache:
     def storage(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values by column, (S, B, H_kv, D) each, as `mtp_kernels.rotary_write` fills them."""
         return self._keys[layer], self._values[layer]
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (*self._keys, *self._values))
 
     def commit(self, counts: list[int]) -> None:
         """Add counts[b] tokens to each sequence."""

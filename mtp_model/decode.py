@@ -61,8 +61,9 @@ class Decoding:
     (default: all of them). eos: end-of-text ids; default the model's, () for none. use_sampler: False drafts from the
     masks' own logits. draft_candidates: how many tokens, 1 to the vocabulary, the sampler chooses from for each mask, which
     spares it most of its reading of lm_head; default all of them. It changes which drafts are offered, never the text, and does
-    nothing without a sampler. static: steps of fixed shape with lengths on the device, captured as a CUDA graph on a GPU (see
-    `mtp_model.static`); default there with Triton kernels. Raises ValueError for anything else, before any work.
+    nothing without a sampler. static: steps of fixed shape with lengths on the device, recorded once and replayed, on a GPU as a CUDA
+    graph (see `mtp_model.static`); default with Triton kernels there and with the specification on a CPU; False: each step is laid out by
+    the host. Raises ValueError for anything else, before any work.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Decoding:
         self.model, self.mode, self.k, self.max_new_tokens = model, mode, k, max_new_tokens
         self.prompts, self.use_sampler = [list(p) for p in prompts], use_sampler
         self.draft_candidates = draft_candidates
-        self.static = model.fused and model.device.type == "cuda" if static is None else static
+        self.static = model.fused == (model.device.type == "cuda") if static is None else static
         self.eos = frozenset(model.config.eos_token_ids if eos is None else eos)
         batch = len(prompts)
         self.tokens: list[list[int]] = [[] for _ in prompts]
@@ -178,18 +179,19 @@ class Decoding:
             return
         room = [0 if done else self.max_new_tokens - len(tokens) for tokens, done in zip(self.tokens, self.finished, strict=True)]
         step.begin(step.cache.lengths, newest, drafts, drafted, room, self.finished)
-        began = time.perf_counter()
-        read = step.run()
+        began, following = time.perf_counter(), None
         while not all(self.finished):
-            following = step.run()
-            outcome, read = read(), following
+            read = following or step.run()
+            following = step.run() if step.overlaps else None
+            outcome = read()
             now = time.perf_counter()
             self.stats.seconds["verify"], began = self.stats.seconds["verify"] + now - began, now
             new = self._emit(outcome.tokens, outcome.accepted, outcome.drafted)
             paused = time.perf_counter()
             yield new
             began += time.perf_counter() - paused
-        read()
+        if following:
+            following()
         keep_step(step)
 
     def _forward(self, layout: Layout, ids: Tensor, cache: KVCache) -> Tensor:

@@ -46,7 +46,7 @@ class DecoderLayer(nn.Module):
         return self._forward(x, rows, rotary, cache)
 
     def _forward(self, x: Tensor, rows: Rows, rotary: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
-        t, b, _ = x.shape  # x: (T, B, d)
+        t, b, _ = map(int, x.shape)  # x: (T, B, d)
         gate, heads = rows.gate, self.heads
         rotated = heads + self.kv_heads
         qkv = self.qkv_proj(self.input_norm(x), gate).view(t, b, rotated + self.kv_heads, self.head_dim)

@@ -67,7 +67,7 @@ class Layout:
 
     @property
     def num_blocks(self) -> int:
-        return self.anchors.shape[0]
+        return int(self.anchors.shape[0])
 
     @property
     def num_masks(self) -> int:
@@ -75,7 +75,7 @@ class Layout:
 
     @property
     def batch(self) -> int:
-        return self.anchors.shape[1]
+        return int(self.anchors.shape[1])
 
     @property
     def num_rows(self) -> int:
@@ -94,10 +94,14 @@ class Layout:
         return torch.cat([slots.new_zeros(self.num_ntp), slots])
 
     @cached_property
+    def ntp_row(self) -> Tensor:
+        """(num_ntp, B) the NTP rows' own numbers."""
+        return torch.arange(self.num_ntp, device=self.anchors.device).unsqueeze(1).expand(-1, self.batch)
+
+    @cached_property
     def row_of(self) -> Tensor:
         """(T, B) the NTP row that a row is or whose block it is in."""
-        ntp = torch.arange(self.num_ntp, device=self.anchors.device).unsqueeze(1).expand(-1, self.batch)
-        return torch.cat([ntp, self.anchors.repeat_interleave(self.k, dim=0)])
+        return torch.cat([self.ntp_row, self.anchors.repeat_interleave(self.k, dim=0)])
 
     @cached_property
     def document(self) -> Tensor | None:
@@ -114,6 +118,12 @@ class Layout:
     def visible_offset(self) -> Tensor:
         """(T, B) number of visible NTP keys minus n."""
         return self.row_of + 1
+
+    def anchored(self, anchors: Tensor) -> "Layout":
+        """The same rows with the blocks after other anchors, (A, B)."""
+        other = replace(self, anchors=anchors)
+        other.__dict__.update(block=self.block, slot=self.slot, ntp_row=self.ntp_row)
+        return other
 
     def at(self, ids: Tensor, start: list[int] | Tensor, vocab_size: int = 0, num_keys: int | None = None) -> "Rows":
         """The rows of this layout for NTP tokens `ids` (num_ntp, B) after `start[b]` committed tokens of sequence b.
@@ -177,14 +187,14 @@ class Rows:
 
     @property
     def num_masks(self) -> int:
-        return self.ids.shape[0] - self.num_ntp
+        return int(self.ids.shape[0]) - self.num_ntp
 
     @property
     def gate(self) -> int | None:
         """First gate-on row of the flattened (T * B) rows: the gate that `gated_lora_linear` takes."""
         if not self.gated:
             return 0
-        return self.num_ntp * self.ids.shape[1] if self.num_masks else None
+        return self.num_ntp * int(self.ids.shape[1]) if self.num_masks else None
 
     @cached_property
     def rule(self) -> AttentionRule:

@@ -1,8 +1,9 @@
 """A decoding step of fixed shape, whose lengths and drafts are on the device: verify, accept, commit and draft without the host.
 
 What a step of `decode.Decoding` chooses on the host is data here: a sequence without drafts has its masks after the newest
-token, and its other rows are padding (see `layout`), so every step has the rows of a step with drafts. On a GPU it is captured as a
-CUDA graph at its first run and replayed, and the host reads what a step wrote while the next one works. The text is the same.
+token, and its other rows are padding (see `layout`), so every step has the rows of a step with drafts. Its operations are recorded
+at its first run and then replayed: on a GPU as a CUDA graph, where the host reads what a step wrote while the next one works; on a
+CPU, for the specification, as a TorchScript trace, which spares a small model most of Python's time. The text is the same.
 
     step = take_step(model, batch, columns, mode, k, ...)
     step.begin(...)                 # the outcome of a prefill into step.cache
@@ -11,18 +12,21 @@ CUDA graph at its first run and replayed, and the host reads what a step wrote w
     keep_step(step)                 # for the next text of such a shape
 """
 
+import sys
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mtp_model.cache import KVCache
+from mtp_model.cache import ALIGNMENT, KVCache
 from mtp_model.layout import Layout, decoding_layout
 from mtp_model.model import MTPModel
 
 WARM_UPS = 2  # runs before a capture: kernels are compiled and memory is reserved in them
-KEPT = 2  # steps kept per model, each with its cache
+KEPT, KEPT_BYTES = 16, 2**30  # steps kept per model, and bytes of their caches; two are kept whatever they need
+TRACES = hasattr(torch.jit, "trace") and sys.version_info < (3, 14)  # TorchScript does not support later Pythons
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,21 @@ class StaticStep:
         self.drafted, self.finished = (torch.zeros(batch, dtype=torch.bool, device=device) for _ in range(2))
         self.eos = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
         self.outcome = torch.zeros(batch, k + 4, dtype=torch.int64, device=device)  # predictions | accepted, written, drafted
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.overlaps = device.type == "cuda"  # whether a run may be begun before the one before it is read
+        self.columns: int | None = None  # that a run looks at; None: all of the cache's
         self.key: tuple | None = None
+        self._recorded: dict[int | None, Callable[..., object]] = {}  # by columns
         self._runs, self._copies = 0, []
-        if device.type == "cuda":
+        if self.overlaps:
             self._copies = [(torch.empty(self.outcome.shape, dtype=torch.int64, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
 
     @property
     def state(self) -> tuple[Tensor, ...]:
         return self.lengths, self.newest, self.room, self.drafts, self.drafted, self.finished
+
+    @property
+    def _written(self) -> tuple[Tensor, ...]:
+        return *self.state, self.outcome, *(x for layer in range(self.model.config.num_hidden_layers) for x in self.cache.storage(layer))
 
     def begin(self, lengths: list[int], newest: Tensor, drafts: Tensor | None, drafted: tuple[bool, ...], room: list[int], finished: list[bool]) -> None:
         """Take over after a prefill that filled the step's cache."""
@@ -76,15 +86,15 @@ class StaticStep:
             self.drafts.copy_(drafts)
 
     def run(self) -> Callable[[], Outcome]:
-        """One step for every sequence; on a GPU a replay of its graph, which the first run captures. Returns what waits for its
-        outcome; at most one run may be begun before that is read."""
-        if self.model.device.type != "cuda":
-            self._step()
+        """One step for every sequence: recorded the first time, then replayed. Returns what waits for its outcome and reads it; on a
+        GPU one more run may be begun before that."""
+        if not self.overlaps:
+            self._run_on_host()
             found = self._read(self.outcome)
             return lambda: found
-        if self.graph is None:
-            self._capture()
-        self.graph.replay()
+        if self.columns not in self._recorded:
+            self._recorded[self.columns] = self._capture().replay
+        self._recorded[self.columns]()
         copy, event = self._copies[self._runs % 2]
         self._runs += 1
         copy.copy_(self.outcome, non_blocking=True)
@@ -96,7 +106,7 @@ class StaticStep:
 
         return read
 
-    def _capture(self) -> None:
+    def _capture(self) -> torch.cuda.CUDAGraph:
         saved = [tensor.clone() for tensor in self.state]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -106,26 +116,54 @@ class StaticStep:
                 for tensor, value in zip(self.state, saved, strict=True):  # what these runs wrote in the cache, the next one writes again
                     tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self._step()
+        return graph
 
-    def _step(self) -> None:
+    def _run_on_host(self) -> None:
+        # The reference looks at all columns that it is given: those in use, rounded up to a power of two of the cache's pieces.
+        pieces = -(-(int(self.lengths.max()) + self.layout.num_rows) // ALIGNMENT)
+        self.columns = min(ALIGNMENT << (pieces - 1).bit_length(), self.cache.columns)
+        if not TRACES or self.model.fused:
+            self._step()
+        elif self.columns in self._recorded:
+            with torch.jit.optimized_execution(False):  # as recorded: no pass over the graph, which would cost more than it saves
+                self._recorded[self.columns](*self._written)
+        else:
+            self._recorded[self.columns] = self._trace()
+
+    def _trace(self) -> Callable[..., object]:
+        """Run a step, and record it: a function of what the step writes to."""
+        self._layout()  # what is constant in it must not be recorded
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in trained:  # which a trace refuses
+            parameter.requires_grad_(False)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that TorchScript is deprecated; that shapes are taken as constants, which they are here
+                return torch.jit.trace(lambda *_: self._step(), self._written, check_trace=False)
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def _step(self) -> Tensor:
         layout = self._layout()
         z = self.verify(layout)
         accepted = self.accept_and_commit(z)
         self.draft(layout, z, accepted)
+        return self.outcome
 
     def _layout(self) -> Layout:
         """The step's layout, with the masks of a sequence without drafts after its newest token."""
         if not self.k:
             return self.layout
-        return replace(self.layout, anchors=torch.where(self.drafted, self.layout.anchors, 0))
+        return self.layout.anchored(torch.where(self.drafted, self.layout.anchors, 0))
 
     def verify(self, layout: Layout) -> Tensor:
         """Hidden states of the newest token, its drafts and the masks behind them."""
         ids = torch.cat([self.newest.unsqueeze(0), self.drafts.t()])
-        rows = layout.at(ids, self.lengths, self.model.config.vocab_size, num_keys=self.cache.columns)
+        rows = layout.at(ids, self.lengths, self.model.config.vocab_size, num_keys=self.columns or self.cache.columns)
         return self.model(rows, self.cache)
 
     def accept_and_commit(self, z: Tensor) -> Tensor:
@@ -172,10 +210,12 @@ def take_step(model: MTPModel, batch: int, columns: int, mode: str, k: int, use_
 
 
 def keep_step(step: StaticStep) -> None:
-    """Keep the step for the next text; the oldest ones are dropped."""
+    """Keep the step for the next text. Dropped are the oldest, and those of an adapter as it was before."""
     kept = step.model.kept_steps
     kept[step.key] = step
-    while len(kept) > KEPT:
+    for key in [key for key in kept if key[-1] != step.key[-1]]:
+        del kept[key]
+    while len(kept) > KEPT or len(kept) > 2 and sum(each.cache.bytes for each in kept.values()) > KEPT_BYTES:
         del kept[next(iter(kept))]
 
 

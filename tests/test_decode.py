@@ -58,7 +58,7 @@ def test_candidates_change_drafts_and_never_the_text(shared, oracle, monkeypatch
     seen = []
     original = shared.model.sampler.draft
     monkeypatch.setattr(shared.model.sampler, "draft", lambda *args: seen.append((args, original(*args))) or seen[-1][1])
-    result = generate(shared.model, PROMPTS, mode=mode, k=3, max_new_tokens=NEW, draft_candidates=candidates)
+    result = generate(shared.model, PROMPTS, mode=mode, k=3, max_new_tokens=NEW, draft_candidates=candidates, static=False)
     assert result.tokens == oracle
     assert result.stats.accepted[0] > 0
     with torch.inference_mode():
@@ -122,7 +122,7 @@ def test_passes_are_the_models_calls(shared, mode):
     calls = []
     handle = shared.model.register_forward_hook(lambda module, args, output: calls.append(output.shape[0]))
     try:
-        stats = generate(shared.model, PROMPTS[:1], mode=mode, k=3, max_new_tokens=NEW).stats
+        stats = generate(shared.model, PROMPTS[:1], mode=mode, k=3, max_new_tokens=NEW, static=False).stats
     finally:
         handle.remove()
     assert stats.passes == [len(calls)]
@@ -144,7 +144,7 @@ def test_acceptance_replayed(shared, monkeypatch, k):
 
     original = mtp_model.decode.accept
     monkeypatch.setattr(mtp_model.decode, "accept", recording)
-    decoding = Decoding(shared.model, PROMPTS[:1], mode="quadratic", k=k, max_new_tokens=60, eos=())
+    decoding = Decoding(shared.model, PROMPTS[:1], mode="quadratic", k=k, max_new_tokens=60, eos=(), static=False)
     steps = [new[0] for new in decoding]
     assert len(seen) == len(steps) - 1 and len(steps[0]) == 1
     counts, by_position = [], [0] * k
@@ -173,7 +173,7 @@ def test_drafts_come_from_the_block_behind_the_last_accepted_token(shared, monke
 
     original = mtp_model.decode.accept
     monkeypatch.setattr(mtp_model.decode, "accept", recording)
-    decoding = Decoding(shared.model, PROMPTS[:1], mode="quadratic", k=3, max_new_tokens=30, eos=())
+    decoding = Decoding(shared.model, PROMPTS[:1], mode="quadratic", k=3, max_new_tokens=30, eos=(), static=False)
     written, contexts = list(PROMPTS[0]), []
     for new in decoding:
         written += new[0]
@@ -182,7 +182,7 @@ def test_drafts_come_from_the_block_behind_the_last_accepted_token(shared, monke
     assert len({tuple(drafts) for drafts in from_long_run}) > 2
     for context, drafts in zip(contexts, from_long_run, strict=False):
         seen.clear()
-        generate(shared.model, [context], mode="quadratic", k=3, max_new_tokens=2, eos=())
+        generate(shared.model, [context], mode="quadratic", k=3, max_new_tokens=2, eos=(), static=False)
         assert seen[0] == drafts
 
 

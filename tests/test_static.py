@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtp_model import Decoding, generate, load_adapter, load_model, save_adapter
+from mtp_model import Decoding, generate, load_adapter, load_model, save_adapter, static
 from mtp_model.layout import MODES
-from mtp_model.static import KEPT, StaticStep
+from mtp_model.static import StaticStep
 
 PROMPTS = [[1, 2, 3, 4, 5], [0], [5, 5, 1], [2, 0, 4, 1, 3, 3, 2, 5, 0]]
 
 
 def both_ways(model, prompts=PROMPTS, **options):
+    """Results of steps of fixed shape, recorded where they can be, and of steps laid out by the host."""
     return generate(model, prompts, static=True, **options), generate(model, prompts, static=False, **options)
 
 
@@ -19,26 +20,26 @@ def both_ways(model, prompts=PROMPTS, **options):
 @pytest.mark.parametrize("k", [1, 3, 8])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_same_text_and_counts(shared, mode, k, batch):
-    static, host = both_ways(shared.model, PROMPTS[-batch:], mode=mode, k=k, max_new_tokens=24)
-    assert static.tokens == host.tokens
+    fixed, host = both_ways(shared.model, PROMPTS[-batch:], mode=mode, k=k, max_new_tokens=24)
+    assert fixed.tokens == host.tokens
     for name in ("passes", "tokens", "offered", "accepted"):
-        assert getattr(static.stats, name) == getattr(host.stats, name), name
+        assert getattr(fixed.stats, name) == getattr(host.stats, name), name
     assert mode == "autoregressive" or batch == 1 or sum(host.stats.accepted) > 0
 
 
 @pytest.mark.parametrize("options", [dict(use_sampler=False), dict(draft_candidates=2), dict(max_new_tokens=1), dict(max_new_tokens=7)], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_options(shared, mode, options):
-    static, host = both_ways(shared.model, mode=mode, k=3, **{"max_new_tokens": 15} | options)
-    assert static.tokens == host.tokens and static.stats.accepted == host.stats.accepted and static.stats.passes == host.stats.passes
+    fixed, host = both_ways(shared.model, mode=mode, k=3, **{"max_new_tokens": 15} | options)
+    assert fixed.tokens == host.tokens and fixed.stats.accepted == host.stats.accepted and fixed.stats.passes == host.stats.passes
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_end_of_text(shared, mode):
     text = generate(shared.model, PROMPTS, mode="autoregressive", max_new_tokens=24).tokens
-    static, host = both_ways(shared.model, mode=mode, k=4, max_new_tokens=24, eos=[text[0][4], text[1][9]])
-    assert static.tokens == host.tokens and len({len(t) for t in host.tokens}) > 1
-    assert static.stats.tokens == host.stats.tokens and static.stats.passes == host.stats.passes
+    fixed, host = both_ways(shared.model, mode=mode, k=4, max_new_tokens=24, eos=[text[0][4], text[1][9]])
+    assert fixed.tokens == host.tokens and len({len(t) for t in host.tokens}) > 1
+    assert fixed.stats.tokens == host.stats.tokens and fixed.stats.passes == host.stats.passes
 
 
 def test_a_step_serves_again(shared, monkeypatch):
@@ -49,12 +50,12 @@ def test_a_step_serves_again(shared, monkeypatch):
     model = shared.model
     model.kept_steps.clear()
     for prompt in PROMPTS[::-1]:
-        static, host = both_ways(model, [prompt], mode="linear", k=2, max_new_tokens=11)
-        assert static.tokens == host.tokens
+        fixed, host = both_ways(model, [prompt], mode="linear", k=2, max_new_tokens=11)
+        assert fixed.tokens == host.tokens
     assert len(made) == 1
     for k in (1, 3, 4):
         generate(model, PROMPTS[:1], mode="linear", k=k, max_new_tokens=3, static=True)
-    assert len(made) == 4 and len(model.kept_steps) == KEPT
+    assert len(made) == 4 == len(model.kept_steps)
     generate(model, [PROMPTS[0] * 200], mode="linear", k=4, max_new_tokens=3, static=True)  # longer than the kept step's cache
     assert len(made) == 5
 
@@ -63,10 +64,66 @@ def test_a_changed_adapter_needs_a_new_step(toy_adapter_model):
     model = toy_adapter_model(k=2)
     generate(model, PROMPTS, mode="linear", max_new_tokens=5, static=True)
     (before,) = model.kept_steps
+    generate(model, PROMPTS, mode="linear", max_new_tokens=5, static=True)
+    assert list(model.kept_steps) == [before]
     with torch.no_grad():
         model.layers[0].o_proj.lora_B.add_(1)
     generate(model, PROMPTS, mode="linear", max_new_tokens=5, static=True)
-    assert len(model.kept_steps) == 2 and list(model.kept_steps)[1] != before
+    (after,) = model.kept_steps  # the step of the adapter as it was serves nobody any more
+    assert after != before
+
+
+def test_steps_are_kept_up_to_a_number_and_a_size(toy_adapter_model, monkeypatch):
+    model = toy_adapter_model(k=8)
+
+    def keep(ks):
+        for k in ks:
+            generate(model, PROMPTS[:1], mode="linear", k=k, max_new_tokens=2, static=True)
+        return [key[1][1] for key in model.kept_steps]
+
+    assert keep(range(1, 7)) == [1, 2, 3, 4, 5, 6]
+    monkeypatch.setattr(static, "KEPT", 4)
+    assert keep([7]) == [4, 5, 6, 7]
+    size = next(iter(model.kept_steps.values())).cache.bytes
+    assert size == 2 * model.config.num_hidden_layers * 256 * model.config.num_key_value_heads * model.config.head_dim * 4
+    monkeypatch.setattr(static, "KEPT_BYTES", 3 * size)
+    assert keep([8]) == [6, 7, 8]
+    monkeypatch.setattr(static, "KEPT_BYTES", 0)
+    assert keep([1]) == [8, 1]
+
+
+def test_a_recorded_step_runs_without_python(toy_adapter_model, monkeypatch):
+    """The model is called while a step is recorded, once for each number of columns that a text comes to, and never by a replay."""
+    model = toy_adapter_model(k=2)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    passes = []
+    original = model.forward
+    monkeypatch.setattr(model, "forward", lambda rows, cache: passes.append(rows.num_keys) or original(rows, cache))
+    options = dict(mode="quadratic", max_new_tokens=280, eos=(), static=True)
+    first = generate(model, PROMPTS[:1], **options)
+    assert passes[1:] == [256, 512] and passes[0] < 256  # the prefill, and what the text's length rounds up to
+    assert first.tokens[0] == generate(model, PROMPTS[:1], mode="autoregressive", max_new_tokens=280, eos=(), static=False).tokens[0]
+    passes.clear()
+    second = generate(model, PROMPTS[:1], **options)
+    assert len(passes) == 1 and second.tokens == first.tokens
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+
+
+def test_a_long_context_of_many_lengths(toy_adapter_model):
+    model = toy_adapter_model(k=3)
+    prompts = [[1, 2, 3] * 90, [4, 5], [0, 5, 2, 1] * 150]
+    fixed, host = both_ways(model, prompts, mode="quadratic", max_new_tokens=12, eos=())
+    assert fixed.tokens == host.tokens and fixed.stats.accepted == host.stats.accepted
+    (step,) = model.kept_steps.values()
+    assert set(step._recorded) == {step.cache.columns} == {768}  # no more than there are
+
+
+def test_without_torchscript(toy_adapter_model, monkeypatch):
+    monkeypatch.setattr(static, "TRACES", False)
+    model = toy_adapter_model(k=3)
+    fixed, host = both_ways(model, mode="quadratic", max_new_tokens=20)
+    assert fixed.tokens == host.tokens and not any(step._recorded for step in model.kept_steps.values())
 
 
 def test_streaming_and_a_loop_that_was_left(shared):
@@ -88,10 +145,10 @@ def test_with_the_kernels(toy_adapter_model, make_hf_dir, tmp_path, device, mode
     pytest.importorskip("triton")
     save_adapter(toy_adapter_model(k=2, rank=4, num_hidden_layers=1), tmp_path / "adapter")
     model = load_adapter(tmp_path / "adapter").apply(load_model(tmp_path / "base", device=device, implementation="triton"))
-    static, host = both_ways(model, PROMPTS[1:3], mode=mode, max_new_tokens=4, eos=())
-    assert static.tokens == host.tokens and static.stats.passes == host.stats.passes
+    fixed, host = both_ways(model, PROMPTS[1:3], mode=mode, max_new_tokens=4, eos=())
+    assert fixed.tokens == host.tokens and fixed.stats.passes == host.stats.passes
     plain = load_model(tmp_path / "base", device=device, implementation="reference")
-    assert static.tokens == generate(plain, PROMPTS[1:3], mode="autoregressive", max_new_tokens=4, eos=()).tokens
+    assert fixed.tokens == generate(plain, PROMPTS[1:3], mode="autoregressive", max_new_tokens=4, eos=()).tokens
 
 
 class _NoWaiting(TorchDispatchMode):
