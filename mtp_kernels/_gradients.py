@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 def reciprocal_rms(x: Tensor, eps: float) -> Tensor:
     """(..., 1) of x (..., d), float32 or float64."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(int(x.shape[-1])).add_(eps).rsqrt_()
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

@@ -112,8 +112,9 @@ class GatedLoRALinear(nn.Module):
         return self.__dict__ | {"_prepared": None}  # a copy has other storage: what is kept must not be taken for its own
 
     def _adapter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """(A, B, splits) in `dtype`. In evaluation without gradients they are kept, on a CPU with B block-diagonal, the
-        adapters as one (the reference would put them together at each call; a fused kernel has no use for it)."""
+        """(A, B, splits) in `dtype`. In evaluation without gradients they are kept, on a CPU stored input-major, which is faster
+        for few rows, and with B block-diagonal, the adapters as one (the reference would put them together at each call; a
+        fused kernel has no use for it)."""
         a, b, splits = self.lora_A, self.lora_B, self.splits
         if self.targets is not None and torch.is_grad_enabled():  # no gradient reaches the other projections' B
             b = torch.cat([part if target else torch.zeros_like(part) for part, target in zip(b.split(splits), self.targets, strict=True)])
@@ -123,10 +124,13 @@ class GatedLoRALinear(nn.Module):
         prepared = self._prepared
         if prepared is None or prepared[0] != key:
             a, b = a.detach(), b.detach()
-            stacked = a.device.type == "cpu" and 1 < len(splits) <= ops.MAX_RANK // self.rank
-            expand = torch.block_diag(*b.split(splits)) if stacked else b
+            shrink, expand, on_cpu = a.to(dtype), b.to(dtype), a.device.type == "cpu"
+            if on_cpu and 1 < len(splits) <= ops.MAX_RANK // self.rank:
+                expand, splits = torch.block_diag(*expand.split(splits)), (sum(splits),)
+            if on_cpu:
+                shrink, expand = (x.t().contiguous().t() for x in (shrink, expand))
             # the last two keep the parameters' storage, so that no other tensor can come to lie at the key's addresses
-            prepared = self._prepared = key, (a.to(dtype), expand.to(dtype), (sum(splits),) if stacked else splits), a, b
+            prepared = self._prepared = key, (shrink, expand, splits), a, b
         return prepared[1]
 
     def forward(

@@ -106,15 +106,19 @@ class StaticStep:
 
         return read
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _rehearse(self, times: int) -> None:
+        """Steps that leave the state as it was; what they wrote in the cache, the next one writes again."""
         saved = [tensor.clone() for tensor in self.state]
+        for _ in range(times):
+            self._step()
+            for tensor, value in zip(self.state, saved, strict=True):
+                tensor.copy_(value)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._step()
-                for tensor, value in zip(self.state, saved, strict=True):  # what these runs wrote in the cache, the next one writes again
-                    tensor.copy_(value)
+            self._rehearse(WARM_UPS)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -135,7 +139,7 @@ class StaticStep:
 
     def _trace(self) -> Callable[..., object]:
         """Run a step, and record it: a function of what the step writes to."""
-        self._layout()  # what is constant in it must not be recorded
+        self._rehearse(1)  # what is made once, such as the fastest form of an adapter, must not be recorded
         trained = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in trained:  # which a trace refuses
             parameter.requires_grad_(False)

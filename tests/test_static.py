@@ -93,7 +93,7 @@ def test_steps_are_kept_up_to_a_number_and_a_size(toy_adapter_model, monkeypatch
 
 
 def test_a_recorded_step_runs_without_python(toy_adapter_model, monkeypatch):
-    """The model is called while a step is recorded, once for each number of columns that a text comes to, and never by a replay."""
+    """The model is called while a step is rehearsed and recorded, for each number of columns that a text comes to, and never by a replay."""
     model = toy_adapter_model(k=2)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained
@@ -102,7 +102,7 @@ def test_a_recorded_step_runs_without_python(toy_adapter_model, monkeypatch):
     monkeypatch.setattr(model, "forward", lambda rows, cache: passes.append(rows.num_keys) or original(rows, cache))
     options = dict(mode="quadratic", max_new_tokens=280, eos=(), static=True)
     first = generate(model, PROMPTS[:1], **options)
-    assert passes[1:] == [256, 512] and passes[0] < 256  # the prefill, and what the text's length rounds up to
+    assert passes[1:] == [256, 256, 512, 512] and passes[0] < 256  # the prefill, and what the text's length rounds up to
     assert first.tokens[0] == generate(model, PROMPTS[:1], mode="autoregressive", max_new_tokens=280, eos=(), static=False).tokens[0]
     passes.clear()
     second = generate(model, PROMPTS[:1], **options)
