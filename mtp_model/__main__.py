@@ -1,10 +1,10 @@
-"""python -m mtp_model {train, answers, generate, plot}"""
+"""python -m mtp_model {train, answers, choose, generate, plot}"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from mtp_model import answers, plot
+from mtp_model import answers, choose, plot
 from mtp_model.arguments import add_model_arguments, load_asked_model, load_tokenizer
 from mtp_model.checkpoint import load_adapter
 from mtp_model.decode import Decoding
@@ -27,6 +27,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_arguments(write)
     answers.add_arguments(write)
 
+    pick = commands.add_parser("choose", help="measure which mode and how many masks decode fastest on this machine")
+    add_model_arguments(pick)
+    choose.add_arguments(pick)
+
     plot.add_arguments(commands.add_parser("plot", help="draw the curves of one or several training runs"))
 
     speak = commands.add_parser("generate", help="continue a prompt")
@@ -45,6 +49,10 @@ def run_answers(args) -> int:
     if args.adapter:
         load_adapter(args.adapter).apply(model)
     return answers.run(args, model, load_tokenizer(args.model))
+
+
+def run_choose(args) -> int:
+    return choose.run(args, load_adapter(args.adapter).apply(load_asked_model(args)), load_tokenizer(args.model))
 
 
 def run_generate(args) -> int:
@@ -68,7 +76,7 @@ def run_generate(args) -> int:
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
-    runs = {"train": command.run, "answers": run_answers, "generate": run_generate, "plot": plot.run}
+    runs = {"train": command.run, "answers": run_answers, "choose": run_choose, "generate": run_generate, "plot": plot.run}
     try:
         return runs[args.command](args)
     except ValueError as error:

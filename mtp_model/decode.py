@@ -113,6 +113,10 @@ class Decoding:
     def __iter__(self) -> Iterator[list[list[int]]]:
         return self._iterator  # one run: a loop that was left goes on where it stopped
 
+    def close(self) -> None:
+        """Stop here; what was recorded for this text serves the next one."""
+        self._iterator.close()
+
     def _run(self) -> Iterator[list[list[int]]]:
         began = time.perf_counter()
         steps = self._steps()
@@ -180,16 +184,19 @@ class Decoding:
         room = [0 if done else self.max_new_tokens - len(tokens) for tokens, done in zip(self.tokens, self.finished, strict=True)]
         step.begin(step.cache.lengths, newest, drafts, drafted, room, self.finished)
         began, following = time.perf_counter(), None
-        while not all(self.finished):
-            read = following or step.run()
-            following = step.run() if step.overlaps else None
-            outcome = read()
-            now = time.perf_counter()
-            self.stats.seconds["verify"], began = self.stats.seconds["verify"] + now - began, now
-            new = self._emit(outcome.tokens, outcome.accepted, outcome.drafted)
-            paused = time.perf_counter()
-            yield new
-            began += time.perf_counter() - paused
+        try:
+            while not all(self.finished):
+                read = following or step.run()
+                following = step.run() if step.overlaps else None
+                outcome = read()
+                now = time.perf_counter()
+                self.stats.seconds["verify"], began = self.stats.seconds["verify"] + now - began, now
+                new = self._emit(outcome.tokens, outcome.accepted, outcome.drafted)
+                paused = time.perf_counter()
+                yield new
+                began += time.perf_counter() - paused
+        except GeneratorExit:  # close()
+            pass
         if following:
             following()
         keep_step(step)

@@ -25,7 +25,7 @@ from mtp_model.layout import Layout, decoding_layout
 from mtp_model.model import MTPModel
 
 WARM_UPS = 2  # runs before a capture: kernels are compiled and memory is reserved in them
-KEPT, KEPT_BYTES = 16, 2**30  # steps kept per model, and bytes of their caches; two are kept whatever they need
+KEPT, KEPT_BYTES = 32, 2**30  # steps kept per model, and bytes of their caches; two are kept whatever they need
 TRACES = hasattr(torch.jit, "trace") and sys.version_info < (3, 14)  # TorchScript does not support later Pythons
 
 

@@ -140,6 +140,17 @@ def test_streaming_and_a_loop_that_was_left(shared):
     assert seen == decoding.tokens == generate(shared.model, PROMPTS, mode="quadratic", k=3, max_new_tokens=20, static=False).tokens
 
 
+def test_a_text_given_up_leaves_its_step(toy_adapter_model):
+    model = toy_adapter_model(k=2)
+    decoding = Decoding(model, PROMPTS, mode="quadratic", max_new_tokens=20, static=True)
+    for _ in range(3):
+        next(iter(decoding))
+    decoding.close()
+    assert len(model.kept_steps) == 1 and not all(decoding.finished) and list(decoding) == []
+    fixed, host = both_ways(model, mode="quadratic", max_new_tokens=20)
+    assert fixed.tokens == host.tokens and all(a[: len(b)] == b for a, b in zip(fixed.tokens, decoding.tokens, strict=True))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_with_the_kernels(toy_adapter_model, make_hf_dir, tmp_path, device, mode):
     pytest.importorskip("triton")

@@ -1,0 +1,128 @@
+"""Which way of decoding is fastest: mode and k by measured time, on prompts like those that are to be decoded.
+
+More masks, and a block of them after every row, have more tokens accepted per step and make the step longer: hardly on a large
+GPU with one text, much on a CPU or with many texts side by side. Neither can be told from the model alone, so both are measured.
+
+    ranking = measure(model, prompts)                # fastest first; the outcome is text that would have been written anyway
+    generate(model, prompts, **ranking[0].options)
+
+    python -m mtp_model choose --model my-llama --adapter my-adapter --prompts chats.jsonl
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mtp_model.decode import Decoding, generate
+from mtp_model.demo import ADAPTER, HELD_OUT
+from mtp_model.layout import MODES
+from mtp_model.model import MTPModel
+from mtp_model.records import read_prompts
+
+AUTOREGRESSIVE = MODES[0]
+CANDIDATES = ("linear", "quadratic")
+KS = (1, 2, 3, 4, 6, 8, 12, 16)
+UNMEASURED = 4  # steps before each measurement
+
+
+@dataclass
+class Measured:
+    """A way of decoding. seconds: of each round, for all prompts. tokens, passes: of one round, as in `DecodeStats`, summed."""
+
+    mode: str
+    k: int | None = None
+    seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
+    passes: int = 0
+
+    @property
+    def options(self) -> dict:
+        """What `generate` takes."""
+        return {"mode": self.mode, "k": self.k}
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / statistics.median(self.seconds)
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.tokens / self.passes
+
+
+def measure(
+    model: MTPModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    modes: Sequence[str] = CANDIDATES,
+    ks: Sequence[int] | None = None,
+    batch: int = 1,
+    max_new_tokens: int = 64,
+    rounds: int = 3,
+    progress: bool = False,
+    **options,
+) -> list[Measured]:
+    """Decode the prompts, `batch` side by side, autoregressively and in each of `modes` with each of `ks`; the fastest first.
+
+    The ways take turns, `rounds` times, so that a machine whose speed changes changes it for all; a few steps before each turn are
+    not measured, for what has to be recorded or compiled. ks: default those of 1, 2, 3, 4, 6, 8, 12, 16 that the adapter has. options: of `Decoding`, the same
+    for all. Raises ValueError for a model without an adapter and for arguments that `Decoding` refuses, before any work.
+    """
+    if model.mtp is None:
+        raise ValueError("the model has no adapter, so there is nothing to choose from; load_adapter() gives it one")
+    if batch < 1 or rounds < 1 or not prompts:
+        raise ValueError(f"batch is {batch}, rounds {rounds}, and there are {len(prompts)} prompts; accepted are 1 or more of each")
+    masks = model.mtp.num_masks
+    ks = [k for k in KS if k <= masks] if ks is None else list(ks)
+    wrong = [k for k in ks if type(k) is not int or not 1 <= k <= masks], [mode for mode in modes if mode not in MODES[1:]]
+    if any(wrong) or not ks or not modes:
+        raise ValueError(f"ks are {ks} and modes {list(modes)}; accepted are 1 to the adapter's {masks}, and {', '.join(MODES[1:])}")
+    ways = [Measured(AUTOREGRESSIVE), *(Measured(mode, k) for mode in modes for k in ks)]
+    batches = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+    bar = tqdm(desc="choose", total=len(ways) * rounds, disable=None if progress else True)
+    for _ in range(rounds):
+        for way in ways:
+            asked = {"max_new_tokens": max_new_tokens} | way.options | options
+            decoding = Decoding(model, batches[0], **asked)
+            for _ in zip(range(UNMEASURED), decoding, strict=False):
+                pass
+            decoding.close()
+            began, way.tokens, way.passes = time.perf_counter(), 0, 0
+            for each in batches:
+                stats = generate(model, each, **asked).stats
+                way.tokens, way.passes = way.tokens + sum(stats.tokens), way.passes + sum(stats.passes)
+            way.seconds.append(time.perf_counter() - began)
+            bar.update()
+    bar.close()
+    return sorted(ways, key=lambda way: way.tokens_per_second, reverse=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", type=Path, default=ADAPTER, metavar="DIR", help="default: the demo adapter")
+    parser.add_argument("--prompts", type=Path, nargs="+", default=[HELD_OUT], metavar="FILE", help="as for answers (default: the demo's held-out source)")
+    parser.add_argument("--limit", type=int, default=8, metavar="N", help="the first N prompts (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="prompts decoded side by side (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="default %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
+    parser.add_argument("--modes", nargs="+", choices=MODES[1:], default=list(CANDIDATES), help="default: linear quadratic")
+    parser.add_argument("--k", type=int, nargs="+", help="masks per block (default: 1, 2, 3, 4, 6, 8, 12, 16, up to the adapter's)")
+
+
+def run(args, model: MTPModel, tokenizer) -> int:
+    prompts = read_prompts(args.prompts, tokenizer, vocab_size=model.config.vocab_size, limit=args.limit)
+    ranking = measure(
+        model, prompts, modes=args.modes, ks=args.k, batch=args.batch, max_new_tokens=args.max_new_tokens, rounds=args.rounds, progress=True
+    )
+    plain = next(way for way in ranking if way.mode == AUTOREGRESSIVE)
+    print(f"{'':<18}{'tokens/s':>10}{'speedup':>9}{'tokens per step':>17}")
+    for way in ranking:
+        name = f"{way.mode}, k = {way.k}" if way.k else way.mode
+        print(f"{name:<18}{way.tokens_per_second:>10.0f}{way.tokens_per_second / plain.tokens_per_second:>8.2f}x{way.tokens_per_step:>17.2f}")
+    best = ranking[0]
+    flags = f"--mode {best.mode}" + (f" --k {best.k}" if best.k else "")
+    print(f"fastest here, with {args.batch} side by side: {flags}")
+    return 0

@@ -1,0 +1,78 @@
+"""Choosing mode and k by measurement: every way is measured, on the same text, and what is slow comes last."""
+
+import time
+
+import pytest
+
+from mtp_model import __main__, choose, generate, static
+from mtp_model.choose import measure
+
+PROMPTS = [[1, 2, 3, 4, 5], [0], [5, 5, 1]]
+
+
+def test_every_way_is_measured(shared):
+    ranking = measure(shared.model, PROMPTS, batch=2, max_new_tokens=12, rounds=2, eos=())
+    assert len(ranking) == 1 + 2 * 6 == len({(way.mode, way.k) for way in ranking})
+    assert {way.k for way in ranking if way.mode == "quadratic"} == {1, 2, 3, 4, 6, 8}
+    speeds = [way.tokens_per_second for way in ranking]
+    assert speeds == sorted(speeds, reverse=True)
+    for way in ranking:
+        assert way.tokens == 36 and len(way.seconds) == 2
+        results = [generate(shared.model, batch, max_new_tokens=12, eos=(), **way.options).stats for batch in (PROMPTS[:2], PROMPTS[2:])]
+        assert way.passes == sum(sum(stats.passes) for stats in results)
+        assert way.tokens_per_step == 36 / way.passes
+    (plain,) = [way for way in ranking if way.mode == "autoregressive"]
+    assert plain.tokens_per_step == 1 and plain.k is None
+
+
+def test_the_slow_way_comes_last(shared, monkeypatch):
+    original = choose.generate
+
+    def slow(model, prompts, **options):
+        time.sleep(0.3 * (options["k"] == 2))
+        return original(model, prompts, **options)
+
+    monkeypatch.setattr(choose, "generate", slow)
+    ranking = measure(shared.model, PROMPTS[:1], modes=["linear"], ks=[1, 2, 3], max_new_tokens=8, rounds=1)
+    assert len(ranking) == 4 and ranking[-1].options == {"mode": "linear", "k": 2}
+
+
+def test_a_recording_is_not_measured(toy_adapter_model, monkeypatch):
+    """A way's step is recorded before its turn is timed, even if the ways are too many for all of their steps to be kept."""
+    monkeypatch.setattr(static, "KEPT", 2)
+    recorded, timed = [], []
+    trace = static.StaticStep._trace
+    monkeypatch.setattr(static.StaticStep, "_trace", lambda self: recorded.append(bool(timed)) or trace(self))
+
+    def timing(*args, **options):
+        timed.append(True)
+        try:
+            return generate(*args, **options)
+        finally:
+            timed.clear()
+
+    monkeypatch.setattr(choose, "generate", timing)
+    measure(toy_adapter_model(k=4), PROMPTS[:1], max_new_tokens=20, rounds=2)
+    assert len(recorded) == 2 * 9 and not any(recorded)
+
+
+def test_bad_arguments(shared, toy_model):
+    with pytest.raises(ValueError, match="no adapter"):
+        measure(toy_model, PROMPTS)
+    for options in (dict(batch=0), dict(rounds=0), dict(ks=[9]), dict(ks=[]), dict(ks=[True]), dict(modes=["fast"]), dict(modes=["autoregressive"])):
+        with pytest.raises(ValueError, match="accepted are"):
+            measure(shared.model, PROMPTS, **options)
+    with pytest.raises(ValueError, match="prompts"):
+        measure(shared.model, [])
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        measure(shared.model, PROMPTS, max_new_tokens=0)
+
+
+def test_command_line(capsys):
+    arguments = ["choose", "--limit", "1", "--max-new-tokens", "6", "--rounds", "1", "--k", "1", "2", "--modes", "quadratic", "--device", "cpu"]
+    assert __main__.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split("  ")[0] for line in lines[1:4]} == {"autoregressive", "quadratic, k = 1", "quadratic, k = 2"}
+    assert lines[-1].startswith("fastest here, with 1 side by side: --mode ") and "1.00x" in "".join(lines)
+    assert __main__.main([*arguments, "--k", "9"]) == 2
+    assert "accepted are 1 to the adapter's 8" in capsys.readouterr().err
