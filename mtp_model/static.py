@@ -12,7 +12,6 @@ CPU, for the specification, as a TorchScript trace, which spares a small model m
     keep_step(step)                 # for the next text of such a shape
 """
 
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from mtp_model.model import MTPModel
 
 WARM_UPS = 2  # runs before a capture: kernels are compiled and memory is reserved in them
 KEPT, KEPT_BYTES = 32, 2**30  # steps kept per model, and bytes of their caches; two are kept whatever they need
-TRACES = hasattr(torch.jit, "trace") and sys.version_info < (3, 14)  # TorchScript does not support later Pythons
+# torch.jit.trace keeps what it has traced, and every tensor in it, until the process ends; these two beneath it do not.
+TRACES = all(hasattr(torch._C, name) for name in ("_create_graph_by_tracing", "_create_function_from_graph"))
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,9 @@ class StaticStep:
             parameter.requires_grad_(False)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that TorchScript is deprecated; that shapes are taken as constants, which they are here
-                return torch.jit.trace(lambda *_: self._step(), self._written, check_trace=False)
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # that shapes are taken as constants, which they are here
+                graph, _ = torch._C._create_graph_by_tracing(lambda *_: self._step(), self._written, lambda _: "", True, False)
+                return torch._C._create_function_from_graph("step", graph)
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)

@@ -1,5 +1,8 @@
 """Steps of fixed shape write the same text as steps laid out by the host, with the same counts, and never wait for the device."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -108,6 +111,18 @@ def test_a_recorded_step_runs_without_python(toy_adapter_model, monkeypatch):
     second = generate(model, PROMPTS[:1], **options)
     assert len(passes) == 1 and second.tokens == first.tokens
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+
+
+def test_a_dropped_step_is_freed(toy_adapter_model):
+    model = toy_adapter_model(k=2)
+    generate(model, PROMPTS, mode="quadratic", max_new_tokens=5, static=True)
+    (step,) = model.kept_steps.values()
+    held = [weakref.ref(x) for x in (step.cache.keys[0], step._written[-1])]  # torch keeps the object while it needs the tensor
+    assert step._recorded and all(ref() is not None for ref in held)
+    model.kept_steps.clear()
+    del step
+    gc.collect()
+    assert [ref() for ref in held] == [None, None]
 
 
 def test_a_long_context_of_many_lengths(toy_adapter_model):
