@@ -123,8 +123,9 @@ def measure(row: Row, model: MTPModel, peer: Peer | None, prompts: list[list[int
 
 def compare(rows: list[Row], model: MTPModel, peer: Peer | None, batches: list[list[list[int]]], new_tokens: int, repeats: int) -> None:
     """Run every row on every batch, in turn, `repeats` times; outputs are held against the first row's."""
-    for row in rows:  # warm up: first calls allocate, and on a GPU compile
-        measure(Row(row.name, row.k), model, peer, batches[0], min(8, new_tokens))
+    longest = max(batches, key=lambda batch: max(map(len, batch)))
+    for row in rows:  # warm up: first calls allocate and record steps, which serve texts up to the longest, and on a GPU compile
+        measure(Row(row.name, row.k), model, peer, longest, new_tokens)
     bar = tqdm(total=repeats * len(batches) * len(rows), desc="decode", disable=None)
     for repeat in range(repeats):
         for batch in batches:
