@@ -50,6 +50,12 @@ def randomise_adapter(model, seed=1):
     return model
 
 
+def pytest_configure(config):
+    """pytest-xdist would begin with the files of the most tests; some of few tests take longest, and should not come last."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 @pytest.fixture
 def device():
     """Where the Triton kernels are tested: on the GPU, or without one in the interpreter, which takes tensors on the CPU."""
