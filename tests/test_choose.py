@@ -11,16 +11,16 @@ PROMPTS = [[1, 2, 3, 4, 5], [0], [5, 5, 1]]
 
 
 def test_every_way_is_measured(shared):
-    ranking = measure(shared.model, PROMPTS, batch=2, max_new_tokens=12, rounds=2, eos=())
+    ranking = measure(shared.model, PROMPTS, batch=2, max_new_tokens=8, rounds=2, eos=())
     assert len(ranking) == 1 + 2 * 6 == len({(way.mode, way.k) for way in ranking})
     assert {way.k for way in ranking if way.mode == "quadratic"} == {1, 2, 3, 4, 6, 8}
     speeds = [way.tokens_per_second for way in ranking]
     assert speeds == sorted(speeds, reverse=True)
     for way in ranking:
-        assert way.tokens == 36 and len(way.seconds) == 2
-        results = [generate(shared.model, batch, max_new_tokens=12, eos=(), **way.options).stats for batch in (PROMPTS[:2], PROMPTS[2:])]
+        assert way.tokens == 24 and len(way.seconds) == 2
+        results = [generate(shared.model, batch, max_new_tokens=8, eos=(), **way.options).stats for batch in (PROMPTS[:2], PROMPTS[2:])]
         assert way.passes == sum(sum(stats.passes) for stats in results)
-        assert way.tokens_per_step == 36 / way.passes
+        assert way.tokens_per_step == 24 / way.passes
     (plain,) = [way for way in ranking if way.mode == "autoregressive"]
     assert plain.tokens_per_step == 1 and plain.k is None
 
@@ -52,8 +52,8 @@ def test_a_recording_is_not_measured(toy_adapter_model, monkeypatch):
             timed.clear()
 
     monkeypatch.setattr(choose, "generate", timing)
-    measure(toy_adapter_model(k=4), PROMPTS[:1], max_new_tokens=20, rounds=2)
-    assert len(recorded) == 2 * 9 and not any(recorded)
+    measure(toy_adapter_model(k=2), PROMPTS[:1], max_new_tokens=20, rounds=2)
+    assert len(recorded) == 2 * 5 and not any(recorded)
 
 
 def test_bad_arguments(shared, toy_model):
