@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,7 +28,7 @@ from mtp_model.records import read_prompts
 AUTOREGRESSIVE = MODES[0]
 CANDIDATES = ("linear", "quadratic")
 KS = (1, 2, 3, 4, 6, 8, 12, 16)
-UNMEASURED = 4  # steps before each measurement
+UNMEASURED = 4  # steps before a turn, but the first, which a whole text precedes
 
 
 @dataclass
@@ -68,9 +69,10 @@ def measure(
 ) -> list[Measured]:
     """Decode the prompts, `batch` side by side, autoregressively and in each of `modes` with each of `ks`; the fastest first.
 
-    The ways take turns, `rounds` times, so that a machine whose speed changes changes it for all; a few steps before each turn are
-    not measured, for what has to be recorded or compiled. ks: default those of 1, 2, 3, 4, 6, 8, 12, 16 that the adapter has. options: of `Decoding`, the same
-    for all. Raises ValueError for a model without an adapter and for arguments that `Decoding` refuses, before any work.
+    The ways take turns, `rounds` times, so that a machine whose speed changes changes it for all. Not measured are a text before
+    each way's first turn and a few steps before the others, for what has to be recorded or compiled. ks: default those of 1, 2, 3,
+    4, 6, 8, 12, 16 that the adapter has. options: of `Decoding`, the same for all. Raises ValueError for a model without an adapter
+    and for arguments that `Decoding` refuses, before any work.
     """
     if model.mtp is None:
         raise ValueError("the model has no adapter, so there is nothing to choose from; load_adapter() gives it one")
@@ -84,11 +86,11 @@ def measure(
     ways = [Measured(AUTOREGRESSIVE), *(Measured(mode, k) for mode in modes for k in ks)]
     batches = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
     bar = tqdm(desc="choose", total=len(ways) * rounds, disable=None if progress else True)
-    for _ in range(rounds):
+    for number in range(rounds):
         for way in ways:
             asked = {"max_new_tokens": max_new_tokens} | way.options | options
             decoding = Decoding(model, batches[0], **asked)
-            for _ in zip(range(UNMEASURED), decoding, strict=False):
+            for _ in islice(decoding, UNMEASURED if number else None):
                 pass
             decoding.close()
             began, way.tokens, way.passes = time.perf_counter(), 0, 0

@@ -52,8 +52,13 @@ def test_a_recording_is_not_measured(toy_adapter_model, monkeypatch):
             timed.clear()
 
     monkeypatch.setattr(choose, "generate", timing)
-    measure(toy_adapter_model(k=2), PROMPTS[:1], max_new_tokens=20, rounds=2)
+    model = toy_adapter_model(k=2)
+    measure(model, PROMPTS[:1], max_new_tokens=20, rounds=2)
     assert len(recorded) == 2 * 5 and not any(recorded)
+    monkeypatch.setattr(static, "KEPT", 32)
+    recorded.clear()
+    measure(model, PROMPTS[:1], modes=["linear"], max_new_tokens=260, rounds=1)  # a text that outgrows its first 256 columns
+    assert len(recorded) == 2 * 3 and not any(recorded)
 
 
 def test_bad_arguments(shared, toy_model):
