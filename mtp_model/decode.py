@@ -17,7 +17,7 @@ from mtp_kernels import accept
 from mtp_model.cache import KVCache
 from mtp_model.layout import MODES, Layout, decoding_layout, prefill_layout
 from mtp_model.model import MTPModel
-from mtp_model.static import StaticStep, blocks_behind, drafting_states, keep_step, take_step
+from mtp_model.static import StaticStep, blocks_behind, drafting_states, keep_step, recordable, take_step
 
 
 @dataclass
@@ -62,8 +62,8 @@ class Decoding:
     masks' own logits. draft_candidates: how many tokens, 1 to the vocabulary, the sampler chooses from for each mask, which
     spares it most of its reading of lm_head; default all of them. It changes which drafts are offered, never the text, and does
     nothing without a sampler. static: steps of fixed shape with lengths on the device, recorded once and replayed, on a GPU as a CUDA
-    graph (see `mtp_model.static`); default with Triton kernels there and with the specification on a CPU; False: each step is laid out by
-    the host. Raises ValueError for anything else, before any work.
+    graph (see `mtp_model.static`); default where a step can be recorded, with Triton kernels there and with the specification on a CPU;
+    False: each step is laid out by the host. Raises ValueError for anything else, before any work.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Decoding:
         self.model, self.mode, self.k, self.max_new_tokens = model, mode, k, max_new_tokens
         self.prompts, self.use_sampler = [list(p) for p in prompts], use_sampler
         self.draft_candidates = draft_candidates
-        self.static = model.fused == (model.device.type == "cuda") if static is None else static
+        self.static = recordable(model) if static is None else static
         self.eos = frozenset(model.config.eos_token_ids if eos is None else eos)
         batch = len(prompts)
         self.tokens: list[list[int]] = [[] for _ in prompts]

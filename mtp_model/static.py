@@ -29,6 +29,11 @@ KEPT, KEPT_BYTES = 32, 2**30  # steps kept per model, and bytes of their caches;
 TRACES = all(hasattr(torch._C, name) for name in ("_create_graph_by_tracing", "_create_function_from_graph"))
 
 
+def recordable(model: MTPModel) -> bool:
+    """Whether a step of this model can be recorded: the kernels' on a GPU, the specification's on a CPU."""
+    return model.fused if model.device.type == "cuda" else TRACES and not model.fused
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A run's results on the host, one entry per sequence: the tokens that it wrote, how many drafts were accepted, and whether
@@ -129,7 +134,7 @@ class StaticStep:
         # The reference looks at all columns that it is given: those in use, rounded up to a power of two of the cache's pieces.
         pieces = -(-(int(self.lengths.max()) + self.layout.num_rows) // ALIGNMENT)
         self.columns = min(ALIGNMENT << (pieces - 1).bit_length(), self.cache.columns)
-        if not TRACES or self.model.fused:
+        if not recordable(self.model):
             self._step()
         elif self.columns in self._recorded:
             with torch.jit.optimized_execution(False):  # as recorded: no pass over the graph, which would cost more than it saves

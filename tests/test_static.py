@@ -135,8 +135,10 @@ def test_a_long_context_of_many_lengths(toy_adapter_model):
 
 
 def test_without_torchscript(toy_adapter_model, monkeypatch):
-    monkeypatch.setattr(static, "TRACES", False)
     model = toy_adapter_model(k=3)
+    assert Decoding(model, PROMPTS).static
+    monkeypatch.setattr(static, "TRACES", False)
+    assert not Decoding(model, PROMPTS).static
     fixed, host = both_ways(model, mode="quadratic", max_new_tokens=20)
     assert fixed.tokens == host.tokens and not any(step._recorded for step in model.kept_steps.values())
 
