@@ -204,9 +204,9 @@ class StaticStep:
 
 
 def _key(model: MTPModel, batch: int, options: tuple) -> tuple:
-    """What must be the same for a step to serve again; an adapter that has changed may have been cast to the base's dtype at the capture."""
-    adapter = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.adapter_parameters().values())
-    return batch, options, adapter
+    """What must be the same for a step to serve again; it holds the parameters that it was recorded with, or what was made of them."""
+    parameters = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    return batch, options, parameters
 
 
 def take_step(model: MTPModel, batch: int, columns: int, mode: str, k: int, use_sampler: bool, draft_candidates: int | None, eos: frozenset[int]) -> StaticStep:
@@ -220,7 +220,7 @@ def take_step(model: MTPModel, batch: int, columns: int, mode: str, k: int, use_
 
 
 def keep_step(step: StaticStep) -> None:
-    """Keep the step for the next text. Dropped are the oldest, and those of an adapter as it was before."""
+    """Keep the step for the next text. Dropped are the oldest, and those of parameters as they were before."""
     kept = step.model.kept_steps
     kept[step.key] = step
     for key in [key for key in kept if key[-1] != step.key[-1]]:

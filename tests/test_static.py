@@ -76,6 +76,18 @@ def test_a_changed_adapter_needs_a_new_step(toy_adapter_model):
     assert after != before
 
 
+def test_a_changed_base_needs_a_new_step(toy_adapter_model):
+    model = toy_adapter_model(k=2)
+    before, _ = both_ways(model, mode="linear", max_new_tokens=12)
+    model.lm_head = torch.nn.Parameter(-model.lm_head.data, requires_grad=False)
+    fixed, host = both_ways(model, mode="linear", max_new_tokens=12)
+    assert fixed.tokens == host.tokens != before.tokens
+    with torch.no_grad():
+        model.lm_head.neg_()
+    fixed, host = both_ways(model, mode="linear", max_new_tokens=12)
+    assert fixed.tokens == host.tokens == before.tokens and len(model.kept_steps) == 1
+
+
 def test_steps_are_kept_up_to_a_number_and_a_size(toy_adapter_model, monkeypatch):
     model = toy_adapter_model(k=8)
 
