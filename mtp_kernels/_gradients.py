@@ -6,6 +6,8 @@ eight times, and several adapters put together as a block-diagonal matrix multip
     y = x W^T + scale * (x A^T) B^T        ds = scale dy B,  dx = dy W + ds A,  dA = ds^T x,  dB = scale dy^T s,  s = x A^T
     y = silu(g) * u                        dg = dy * u * silu'(g),  du = dy * silu(g)
     y = x r w,  r = 1 / sqrt(mean x^2 + eps)   dx = r (dy w - x r^2 mean(x dy w)),  dw = sum over rows of dy x r
+
+No forward returns what it wrote in place: torch.compile of torch 2.11 then computes a wrong gradient, silently.
 """
 
 import torch
@@ -75,7 +77,7 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx, x: Tensor) -> Tensor:
         gate, up = x.chunk(2, -1)
         ctx.save_for_backward(x)
-        return F.silu(gate).mul_(up)
+        return F.silu(gate) * up
 
     @staticmethod
     @once_differentiable
@@ -92,7 +94,7 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         r = reciprocal_rms(x, eps)
         ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight)
+        return x * r * weight
 
     @staticmethod
     @once_differentiable

@@ -17,7 +17,8 @@ from mtp_kernels.types import SamplerWeights
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which torch.autocast wants matrix products on x's device; None where it is not enabled."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)  # which torch 2.11 cannot trace
+    if not known or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

@@ -37,8 +37,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class _Thread(threading.local):
     """What this thread's passes are to do: a model may run in several threads at once."""
 
-    asked: dict[nn.Module, int | Tensor | None] = {}  # by `gate`, for whole models
-    gate: int | Tensor | None = None  # for the projections of the decoder layer that is running
+    def __init__(self):  # once in each thread
+        self.asked: tuple[tuple[nn.Module, int | Tensor | None], ...] = ()  # by `gate`, for whole models, the innermost first
+        self.gate: int | Tensor | None = None  # for the projections of the decoder layer that is running
 
 
 _thread = _Thread()
@@ -215,7 +216,7 @@ def gate(model: nn.Module, rows: int | Tensor | None) -> Iterator[None]:
     base = _added(model)[0]
     _check_kind(rows)
     before = _thread.asked
-    _thread.asked = before | {base: rows}
+    _thread.asked = ((base, rows), *before)
     try:
         yield
     finally:
@@ -239,9 +240,11 @@ def _contiguous(module: nn.Module, args: tuple) -> tuple:
 
 
 def _before_model(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    if "gate" in kwargs or base not in _thread.asked:
-        return None
-    return args, kwargs | {"gate": _thread.asked[base]}
+    if "gate" not in kwargs:
+        for model, rows in _thread.asked:
+            if model is base:
+                return args, kwargs | {"gate": rows}
+    return None
 
 
 def _before_attention(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
