@@ -1,15 +1,17 @@
 """Everything worth doing on a GPU, in one command and a bounded time; results are files.
 
-    python -m bench.gpu [--out DIR] [--minutes 9]
+    python -m bench.gpu [--out DIR] [--minutes 9] [--only NAME ...]
 
-One after the other, each in a process of its own with a time limit: the tests on real kernels, the kernel benchmarks, the
-demo model's texts compared in bfloat16 and float32, its decoding timed, decoding steps of Llama shapes with random weights, a
-short training run, and training steps against the plain way. `summary.json` has GPU, versions, commit and date, and what
-became of each step. The exit status is 1 if a step failed or ran out of time.
+One after the other, each in a process of its own with a time limit: the tests on real kernels (which compile some 1,500, so they are shared
+by as many processes as there are cores), the kernel benchmarks, the demo model's texts compared in bfloat16 and float32, its decoding
+timed, decoding steps of Llama shapes with random weights, a short training run, and training steps against the plain way. --only: some of
+the steps, where one call's time is short. `summary.json` has GPU, versions, commit and date, and what became of each step, of earlier
+calls too. The exit status is 1 if a step failed or ran out of time.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -27,11 +29,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Step:
-    """A command and the share of the whole time that it may take; its output goes to NAME.txt."""
+    """A command and the share of the whole time that it may take; its output goes to NAME.txt.
+
+    copies: run it so many times side by side, the i-th with `--shard i/copies` behind it, its output in NAME.i.txt.
+    """
 
     name: str
     command: tuple[str, ...]
     share: float
+    copies: int = 1
+
+    def commands(self, out: Path) -> list[tuple[tuple[str, ...], Path]]:
+        """Each process's command and the file for its output."""
+        if self.copies == 1:
+            return [(self.command, out / f"{self.name}.txt")]
+        return [((*self.command, "--shard", f"{i}/{self.copies}"), out / f"{self.name}.{i}.txt") for i in range(self.copies)]
 
 
 @dataclass(frozen=True)
@@ -42,19 +54,20 @@ class Outcome:
 
 
 def steps(out: Path, texts: Path) -> list[Step]:
+    processes = max(1, min(14, (os.cpu_count() or 1) - 2))
     python, tests = sys.executable, sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_*triton*.py"))
     train = ("--data", str(texts), "--out", str(out / "train"), "--steps", "60", "--rank", "32", "--batch-size", "16", "--warmup", "5",
              "--max-length", "512", "--dtype", "bfloat16", "--lr", "1e-3", "--log-every", "1")  # fmt: skip
-    shapes = ("--shape", "Llama-3.2-1B", "Llama-3.1-8B", "--quick", "--minutes", "1.8", "--json", str(out / "decode_shapes.json"))
+    shapes = ("--shape", "Llama-3.1-8B", "Llama-3.2-1B", "--quick", "--minutes", "1.8", "--json", str(out / "decode_shapes.json"))
     return [
-        Step("tests", (python, "-m", "pytest", "-q", "-x", "--durations=10", *tests, "tests/test_ops.py", "tests/test_decode.py"), 0.35),
-        Step("kernels", (python, "-m", "bench.kernels", "--quick", "--minutes", "2", "--out", str(out)), 0.3),
-        Step("check_bfloat16", (python, "-m", "bench.decode", "--check", "--num-prompts", "16", "--dtype", "bfloat16", "--out", str(out / "bfloat16")), 0.2),
-        Step("check_float32", (python, "-m", "bench.decode", "--check", "--num-prompts", "16", "--dtype", "float32", "--out", str(out / "float32")), 0.2),
+        Step("tests", (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=30", *tests, "tests/test_static.py"), 0.35, processes),
+        Step("kernels", (python, "-m", "bench.kernels", "--quick", "--minutes", "2", "--out", str(out)), 0.35),
+        Step("check_bfloat16", (python, "-m", "bench.decode", "--check", "--num-prompts", "16", "--dtype", "bfloat16", "--out", str(out / "bfloat16")), 0.25),
+        Step("check_float32", (python, "-m", "bench.decode", "--check", "--num-prompts", "16", "--dtype", "float32", "--out", str(out / "float32")), 0.25),
         Step("decode", (python, "-m", "bench.decode", "--num-prompts", "8", "--out", str(out)), 0.2),
         Step("decode_shapes", (python, "-m", "bench.decode", *shapes), 0.3),
         Step("train", (python, "-m", "mtp_model", "train", *train), 0.15),
-        Step("train_step", (python, "-m", "bench.train", "--seconds", "5", "--json", str(out / "train.json")), 0.35),
+        Step("train_step", (python, "-m", "bench.train", "--seconds", "5", "--json", str(out / "train.json")), 0.5),
     ]
 
 
@@ -71,16 +84,25 @@ def run(todo: Sequence[Step], out: Path, seconds: float) -> list[Outcome]:
     for step in todo:
         began = time.monotonic()
         limit = max(1.0, min(seconds * step.share, end - began))
-        with open(out / f"{step.name}.txt", "w", encoding="utf-8") as log:
-            try:
-                code = subprocess.run(step.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=limit).returncode
-                status = "passed" if code == 0 else "failed"
-            except subprocess.TimeoutExpired:
-                status = "out of time"
+        processes, files = [], [file for _, file in step.commands(out)]
+        for command, file in step.commands(out):
+            with open(file, "w", encoding="utf-8") as log:
+                processes.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
+        try:
+            codes = [process.wait(max(0.1, began + limit - time.monotonic())) for process in processes]
+            status = "failed" if any(codes) else "passed"
+        except subprocess.TimeoutExpired:
+            status = "out of time"
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
         outcomes.append(Outcome(step.name, status, round(time.monotonic() - began, 1)))
         print(f"{step.name}: {status} after {outcomes[-1].seconds} s", flush=True)
         if status != "passed":
-            print("".join((out / f"{step.name}.txt").read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-15:]))
+            for process, file in zip(processes, files, strict=True):
+                if process.returncode:
+                    print("".join(file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-15:]))
     return outcomes
 
 
@@ -88,6 +110,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="directory for the results (default: bench/results/NAME OF THE GPU)")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it (default 9)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these steps alone")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("error: there is no GPU here; without one, `python -m bench.kernels` and `python -m bench.compiled` say what can be said", file=sys.stderr)
@@ -95,13 +118,21 @@ def main(argv=None) -> int:
     where = environment(torch.device("cuda"))
     out = (args.out or ROOT / "bench" / "results" / torch.cuda.get_device_name().lower().replace(" ", "-")).resolve()
     out.mkdir(parents=True, exist_ok=True)
+    todo = steps(out, out / "texts.jsonl")
+    unknown = set(args.only or ()) - {step.name for step in todo}
+    if unknown:
+        print(f"error: --only has {sorted(unknown)}; accepted are {', '.join(step.name for step in todo)}", file=sys.stderr)
+        return 2
+    todo = [step for step in todo if not args.only or step.name in args.only]
     texts = out / "texts.jsonl"
     write_texts(texts)
     try:
-        outcomes = run(steps(out, texts), out, args.minutes * 60)
+        outcomes = run(todo, out, args.minutes * 60)
     finally:
         texts.unlink()
-    write_json(out / "summary.json", {"environment": where, "steps": [asdict(outcome) for outcome in outcomes]})
+    summary, done = out / "summary.json", {outcome.name: {"environment": where} | asdict(outcome) for outcome in outcomes}
+    before = json.loads(summary.read_text(encoding="utf-8"))["steps"] if summary.exists() else []
+    write_json(summary, {"steps": [step for step in before if step["name"] not in done] + list(done.values())})
     return 0 if all(outcome.status == "passed" for outcome in outcomes) else 1
 
 

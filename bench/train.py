@@ -28,7 +28,7 @@ from bench.measure import why
 from bench.report import PeakMemory, environment, table, write_json
 from bench.timing import WallClock, interleave, percentiles
 from bench.training_job import CONFIGS, DEMO, PLAIN, WAYS, Case, Job, Way, agree, check, check_case, make_batches, make_model
-from mtp_model.arguments import DTYPES, IMPLEMENTATIONS, default_device, default_dtype
+from mtp_model.arguments import DTYPES, IMPLEMENTATIONS, default_device, default_dtype, device_name
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH_UNIT = 64  # of --fit
@@ -99,19 +99,27 @@ def allocated(job: Job, way: Way) -> dict:
 def measure(case: Case, ways: list[Way], args) -> list[dict]:
     """A record for each way, `status` "ok", "wrong" or why it could not run."""
     small, config = check_case(case)
-    device, dtype, rows = torch.device(args.device), DTYPES[args.dtype], {}
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
     bar = tqdm(desc=f"{case.shape}, {case.length} tokens", total=3, bar_format="{desc}: {postfix} [{elapsed}]", disable=None)
 
     def say(what: str) -> None:
         bar.set_postfix_str(what)
 
-    say("check against float64")
+    rows = {way.name: {"way": way.name, "status": "ok", "error": {}} for way in ways}
     for checked in dict.fromkeys((torch.float32, dtype)):  # 16 bits hide a mistake that float32 shows
         model = make_model(small, device, checked, args.implementation, config)
-        for name, (good, error) in check(model, small, recipe(args), ways).items():
-            kept = rows.setdefault(name, {"way": name, "status": "ok", "error": {}})
+        for way in ways:
+            kept = rows[way.name]
+            if kept["status"] != "ok":
+                continue
+            say(f"{way.name}: check against float64")
+            try:
+                good, error = check(model, small, recipe(args), [way])[way.name]
+            except RuntimeError as problem:  # of one way, and no reason to lose the others
+                kept["status"] = why(problem)
+                continue
             kept["error"][str(checked).removeprefix("torch.")] = error if math.isfinite(error) else None
-            kept["status"] = kept["status"] if good else "wrong"
+            kept["status"] = "ok" if good else "wrong"
         del model
     job, runs, numbers = build(case, args), {}, {}
     for way in ways:
@@ -125,7 +133,7 @@ def measure(case: Case, ways: list[Way], args) -> list[dict]:
                 continue
             rows[way.name] |= allocated(job, way) if device.type == "cuda" else {}
             runs[way.name] = job.steps(way)
-        except torch.OutOfMemoryError as problem:
+        except RuntimeError as problem:  # out of memory is one
             rows[way.name]["status"] = why(problem)
         if device.type == "cuda":
             job.optimizer.zero_grad(set_to_none=True)
@@ -218,7 +226,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, help="of the adapter (default 32 for the demo, else 128)")
     parser.add_argument("--mask-decay", type=float, default=0.9, help="mask j weighs that ** (j - 1) (default %(default)s, the demo's)")
     parser.add_argument("--lcm-weight", type=float, default=1.0, help="of the consistency loss (default 1)")
-    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
+    parser.add_argument("--device", type=device_name, default=default_device(), help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base (default: bfloat16 on a GPU that has it, else float32); the adapter is in float32")
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="of ours (default: triton on a GPU, reference on a CPU)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
@@ -236,7 +244,7 @@ def build_parser() -> argparse.ArgumentParser:
 def settle(args) -> None:
     """Defaults that depend on the device. Raises ValueError for settings out of range."""
     args.dtype = args.dtype or default_dtype(args.device)
-    least = {"batch_size": 1, "length": 4, "anchors": 0, "rounds": 1, "steps": 1, "threads": 1}
+    least = {"batch_size": 1, "length": 4, "anchors": 0, "rounds": 1, "steps": 1, "threads": 1, "rank": 1, "masks": 1}
     for name, bound in least.items():
         value = getattr(args, name)
         if value is not None and value < bound:
@@ -259,6 +267,10 @@ def main(argv=None) -> int:
         return 0
     where, gpu = environment(torch.device(args.device)), args.device != "cpu"
     ways = [WAYS[name] for name in args.ways if gpu or WAYS[name].on_cpu]
+    settings, path = {name: value for name, value in vars(args).items() if name != "json"}, None
+    if args.json not in (None, "-"):
+        name = re.sub(r"\W+", "-", where["device"].lower()).strip("-") if gpu else "cpu"
+        path = Path(args.json) if args.json else Path(__file__).parent / "results" / name / "train.json"
     if args.fit:
         shapes = {case.shape: case for case in cases(args)}  # the length is what is sought
         records = []
@@ -267,22 +279,23 @@ def main(argv=None) -> int:
         lines = [[f"{r['shape']}, batch {r['batch_size']}: {r['way']}", str(r["length"])] for r in records]
         text = table(["longest sequence that fits", "tokens"], lines)
     else:
-        records = [record for case in cases(args) for record in measure(case, ways, args)]
+        records = []
+        for case in cases(args):
+            records += measure(case, ways, args)
+            if path:  # what stands, should the time run out
+                write_json(path, {"environment": where, "settings": settings, "records": records, "unfinished": True})
         text = main_table(records)
         text += ("\n\nOver plain: of steps of the same round. Peak: of a step, by itself; above start: less what model, optimizer and libraries took before. "
                  "Error: against float64.")  # fmt: skip
     left = [name for name in args.ways if WAYS[name] not in ways]
     if left:
         text += f"\nLeft out: {', '.join(left)} (FlexAttention has no backward on a CPU)."
-    settings = {name: value for name, value in vars(args).items() if name != "json"}
     values = {"environment": where, "settings": settings, "records": records, "table": text.splitlines()}
     if args.json == "-":
         print(json.dumps(values))
     else:
         print(f"{where['device']}, {args.dtype}, {where['cpu_threads']} CPU threads, torch {where['versions']['torch']}\n\n{text}")
-    if args.json not in (None, "-"):
-        name = re.sub(r"\W+", "-", where["device"].lower()).strip("-") if gpu else "cpu"
-        path = Path(args.json) if args.json else Path(__file__).parent / "results" / name / "train.json"
+    if path:
         write_json(path, values)
         print(f"\nwritten: {path}")
     return 1 if any(record.get("status") == "wrong" for record in records) else 0

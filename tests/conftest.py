@@ -4,6 +4,7 @@ import importlib.util
 import os
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,29 @@ def randomise_adapter(model, seed=1):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if "norm" in name and "weight" in name else 0.3 * noise)
     return model
+
+
+def batch_indices(n: int, batch: int, step: int, seed: int) -> list[int]:
+    """Which examples make batch number `step`: consecutive ones of a stream of shuffled epochs.
+
+    The plain order, which `Batches` gives without packing and buckets, in the obvious way.
+    """
+    picked, orders = [], {}
+    for position in range(step * batch, (step + 1) * batch):
+        epoch, offset = divmod(position, n)
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(n)
+        picked.append(int(orders[epoch][offset]))
+    return picked
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shard", default="0/1", metavar="I/N", help="every N-th test, from the I-th on: for several processes without pytest-xdist")
+
+
+def pytest_collection_modifyitems(config, items):
+    part, parts = map(int, config.getoption("--shard").split("/"))
+    items[:] = items[part::parts]
 
 
 def pytest_configure(config):

@@ -24,6 +24,7 @@ def test_steps_are_recorded_whatever_becomes_of_them(tmp_path, capsys):
 def test_every_step_names_a_command_that_exists(tmp_path):
     todo = gpu.steps(tmp_path, tmp_path / "texts.jsonl")
     assert any("tests/test_triton_gated_lora.py" in part for part in todo[0].command)
+    assert len({step.name for step in todo}) == len(todo)
     for step in todo:
         for part in step.command:
             assert not part.startswith("tests/") or (gpu.ROOT / part).exists(), part
@@ -35,6 +36,17 @@ def test_the_steps_flags_are_accepted(tmp_path, name):
     (step,) = [s for s in gpu.steps(tmp_path, tmp_path / "texts.jsonl") if s.name == name]
     result = subprocess.run([*step.command, "--no-such-flag"], cwd=gpu.ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and "unrecognized arguments: --no-such-flag" in result.stderr
+
+
+def test_copies_share_the_tests(tmp_path):
+    """Side by side, each with its part: together all of the file's tests, each once; a failure of one is the step's."""
+    command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "tests/test_layout.py")
+    (outcome,) = gpu.run([gpu.Step("collect", command, 1.0, copies=3)], tmp_path, 200)
+    parts = [[line for line in (tmp_path / f"collect.{i}.txt").read_text().splitlines() if "::" in line] for i in range(3)]
+    whole = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True).stdout.splitlines()
+    assert outcome.status == "passed" and sorted(sum(parts, [])) == sorted(line for line in whole if "::" in line) and min(map(len, parts)) > 5
+    code = "import sys; raise SystemExit(sys.argv[-1] == '1/2')"
+    assert gpu.run([gpu.Step("one fails", (sys.executable, "-c", code), 1.0, copies=2)], tmp_path, 60)[0].status == "failed"
 
 
 def test_texts(tmp_path):

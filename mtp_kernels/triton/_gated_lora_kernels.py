@@ -135,7 +135,7 @@ def product_kernel(
     w_ptrs = w_ptr + source[:, None].to(tl.int64) * stride_wn + ks[None, :] * stride_wk
     w2_ptrs = w_ptrs
     if SWIGLU:
-        w2_ptrs = w_ptrs + N.to(tl.int64) * stride_wn
+        w2_ptrs = w_ptrs + tl.cast(N, tl.int64) * stride_wn
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     total2 = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for i in range(SEGMENTS):

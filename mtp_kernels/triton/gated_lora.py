@@ -26,7 +26,7 @@ Backward, with g = dL/dy and off rows left out of every sum but dx's first:
 Nothing is added atomically: two runs give the same bits.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ from mtp_kernels.triton.swiglu import swiglu
 NO_GATE, FIRST_ROW, FIRST_ROW_IN_MEMORY, ROW_BY_ROW = 0, 1, 2, 3
 
 
-@lru_cache(maxsize=64)
+@cache  # a captured graph reads it as long as it lives
 def _starts(splits: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each projection's features begin, and their end, on the device."""
     return torch.tensor([sum(splits[:g]) for g in range(len(splits) + 1)], dtype=torch.int32, device=device)

@@ -31,7 +31,7 @@ def latent_consistency_kernel(
         dz = tl.load(dloss_ptr) * weight * (2.0 / D) * (z - target)
         tl.store(out_ptr + m * D + d, dz.to(out_ptr.dtype.element_ty), mask=d < D)
     else:
-        tl.store(out_ptr + m, weight * (tl.sum((z - target) * (z - target), 0) / D))
+        tl.store(out_ptr + m, weight * tl.div_rn(tl.sum((z - target) * (z - target), 0), D * 1.0))
 
 
 def _launch(z: Tensor, target: Tensor, index: Tensor, weight: Tensor, dloss: Tensor | None, out: Tensor) -> Tensor:

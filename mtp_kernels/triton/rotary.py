@@ -33,6 +33,12 @@ def _tables(cos_ptr, sin_ptr, d, HALF: tl.constexpr, BACKWARD: tl.constexpr):
 
 
 @triton.jit
+def _rotated(x1, x2, c1, c2, s1, s2):
+    """The products of both kernels, whose bits must agree: which of the two is fused with the sum is not left to the compiler."""
+    return tl.fma(x1, c1, x2 * s1), tl.fma(x2, c2, x1 * s2)
+
+
+@triton.jit
 def rotary_kernel(
     x_ptr, cos_ptr, sin_ptr, y_ptr,
     x_stride_m, x_stride_h, cos_stride, sin_stride,
@@ -47,8 +53,9 @@ def rotary_kernel(
     x1 = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_H, BLOCK_D)
     x2 = tl.load(x_ptrs + HALF, mask=inside, other=0.0).to(tl.float32)
     y_ptrs = y_ptr + (m * H + h) * (2 * HALF) + d
-    tl.store(y_ptrs, (x1 * c1 + x2 * s1).to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(y_ptrs + HALF, (x2 * c2 + x1 * s2).to(y_ptr.dtype.element_ty), mask=inside)
+    y1, y2 = _rotated(x1, x2, c1, c2, s1, s2)
+    tl.store(y_ptrs, y1.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptrs + HALF, y2.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -69,8 +76,8 @@ def rotary_write_kernel(
     x_ptrs = qkv_ptr + m * qkv_stride_m + h * qkv_stride_h + d
     x1 = tl.load(x_ptrs, mask=inside, other=0.0)  # (BLOCK_H, BLOCK_D)
     x2 = tl.load(x_ptrs + HALF, mask=inside, other=0.0)
-    f1, f2 = x1.to(tl.float32), x2.to(tl.float32)
-    y1, y2 = (f1 * c1 + f2 * s1).to(dtype), (f2 * c2 + f1 * s2).to(dtype)
+    y1, y2 = _rotated(x1.to(tl.float32), x2.to(tl.float32), c1, c2, s1, s2)
+    y1, y2 = y1.to(dtype), y2.to(dtype)
     is_q = inside & (h < H)
     q_ptrs = q_ptr + (m * H + h) * (2 * HALF) + d
     tl.store(q_ptrs, y1, mask=is_q)

@@ -37,7 +37,8 @@ def swiglu_backward_kernel(dy_ptr, x_ptr, dx_ptr, dy_stride, x_stride, F, BLOCK_
     g = tl.load(x_ptr + m * x_stride + f, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(x_ptr + m * x_stride + F + f, mask=inside, other=0.0).to(tl.float32)
     s = 1 / (1 + tl.exp(-g))
-    dg, du = dy * u * s * (1 + g * (1 - s)), dy * g * s
+    rest = 1 / (1 + tl.exp(g))  # 1 - s, which would lose its digits where s is close to 1
+    dg, du = dy * u * s * (1 + g * rest), dy * g * s
     tl.store(dx_ptr + m * (2 * F) + f, dg.to(dx_ptr.dtype.element_ty), mask=inside)
     tl.store(dx_ptr + m * (2 * F) + F + f, du.to(dx_ptr.dtype.element_ty), mask=inside)
 
