@@ -5,13 +5,31 @@ Under torch.autocast a module casts its input and its weights as torch's own lay
 operations has chosen its dtype and is left in it.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mtp_kernels import ops
 from mtp_kernels.types import SamplerWeights
+
+_steps = 0  # that optimizers made, of any kind
+
+
+def _stepped(*_) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_stepped)
+
+
+def version(*parameters: Tensor) -> tuple:
+    """What is another after parameters were replaced or written to: their memory, torch's version counters, and, since a fused
+    optimizer does not raise those, how many steps optimizers have made. Writing through `.data` changes none of it."""
+    return _steps, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -44,12 +62,25 @@ class GatedLoRALinear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.splits = (out_features,) if isinstance(out_features, int) else tuple(out_features)
-        total = sum(self.splits)
+        self.out_features = total = sum(self.splits)  # of all projections together
         self.weight = nn.Parameter(torch.empty(total, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(total, device=device, dtype=dtype)) if bias else None
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight as nn.Linear does and A anew; the bias and B become zero."""
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.lora_A is not None:
+            nn.init.uniform_(self.lora_A, -self._bound, self._bound)
+            nn.init.zeros_(self.lora_B)
+
+    @property
+    def _bound(self) -> float:
+        return self.in_features**-0.5
 
     @classmethod
     def from_linear(
@@ -86,22 +117,24 @@ class GatedLoRALinear(nn.Module):
         """Give each projection an adapter of `rank`, scaled by `alpha / rank`; A is random, B zero (so it adds nothing).
 
         alpha: default the rank, scale 1. dtype: default the weight's. targets: which of the projections are adapted, default
-        all; the others' B is zero and stays so. Raises ValueError for a rank outside 1 to 512, and for targets that are not one
-        for each projection, or all false.
+        all; the others' B is zero and stays so. Raises ValueError for a rank outside 1 to 512, an alpha that
+        is no positive number, and targets that are not one for each projection, or all false.
         """
         if not 1 <= rank <= ops.MAX_RANK:
             raise ValueError(f"rank is {rank}; accepted are 1 to {ops.MAX_RANK}")
+        if alpha is not None and not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
+            raise ValueError(f"alpha is {alpha!r}; accepted is a positive number, or None for the rank")
         if targets is not None and (len(targets) != len(self.splits) or not any(targets)):
             raise ValueError(f"targets is {targets!r}; accepted is one for each of {len(self.splits)} projections, at least one of them true")
         self.targets = None if targets is None or all(targets) else tuple(bool(target) for target in targets)
         dtype = dtype or self.weight.dtype
-        bound = self.in_features**-0.5
-        a = torch.empty(len(self.splits) * rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        a = torch.empty(len(self.splits) * rank, self.in_features).uniform_(-self._bound, self._bound, generator=generator)
         self.lora_A = nn.Parameter(a.to(self.weight.device, dtype))
         self.lora_B = nn.Parameter(torch.zeros(sum(self.splits), rank, device=self.weight.device, dtype=dtype))
         self.rank, self.scale = rank, 1.0 if alpha is None else alpha / rank
 
     def remove_adapter(self) -> None:
+        """Take the adapter off; what remains is the ordinary linear layer."""
         self.lora_A = self.lora_B = self._prepared = None
         self.rank, self.scale, self.targets = 0, 1.0, None
 
@@ -121,7 +154,7 @@ class GatedLoRALinear(nn.Module):
             b = torch.cat([part if target else torch.zeros_like(part) for part, target in zip(b.split(splits), self.targets, strict=True)])
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or a.is_inference():
             return a.to(dtype), b.to(dtype), splits
-        key = (dtype, a._version, b._version, a.data_ptr(), b.data_ptr())
+        key = (dtype, *version(a, b))
         prepared = self._prepared
         if prepared is None or prepared[0] != key:
             a, b = a.detach(), b.detach()
@@ -141,6 +174,8 @@ class GatedLoRALinear(nn.Module):
 
         swiglu: return silu(first half) * second half instead, in the same launch where kernels are fused; no residual then.
         """
+        if swiglu and residual is not None:
+            raise ValueError("residual and swiglu were both passed; accepted is one of them")
         weight, bias, outside = self.weight, self.bias, None
         dtype = _autocast_dtype(x) if self.operations is ops else None
         if dtype is not None:
@@ -169,6 +204,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None):
         if self.operations is ops and _autocast_dtype(x) is not None:  # norms stay in the weight's precision there
@@ -214,6 +252,7 @@ class SwiGLU(nn.Module):
         self.down_proj.add_adapter(rank, alpha, dtype, generator)
 
     def remove_adapter(self) -> None:
+        """See `GatedLoRALinear.remove_adapter`."""
         self.gate_up_proj.remove_adapter()
         self.down_proj.remove_adapter()
 
@@ -235,6 +274,7 @@ class SamplerHead(nn.Module):
         self.norm2 = nn.LayerNorm(size, device=device, dtype=dtype)
 
     def weights(self, dtype: torch.dtype | None = None) -> SamplerWeights:
+        """The parameters, in `dtype` (default their own), as the operations take them."""
         parts = (self.linear1, self.norm1, self.linear2, self.norm2)
         tensors = [tensor for part in parts for tensor in (part.weight, part.bias)]
         return SamplerWeights(*(t if dtype is None else t.to(dtype) for t in tensors))
@@ -246,4 +286,5 @@ class SamplerHead(nn.Module):
         return self.operations.sampler_hidden(previous, z, self.weights(z.dtype))
 
     def draft(self, z: Tensor, first: Tensor, embedding: Tensor, lm_head: Tensor, candidates: int | None = None) -> Tensor:
+        """Drafts (B, k) from the masks' states z (B, k, d) and the token before them, first (B,). See `ops.sampler_draft`."""
         return self.operations.sampler_draft(z, first, embedding, self.weights(z.dtype), lm_head, candidates=candidates)

@@ -41,8 +41,8 @@ class KVCache:
         keys, values = self._keys[layer], self._values[layer]
         if not keep or k.requires_grad:
             return torch.cat([keys[:n], k]).permute(1, 2, 0, 3), torch.cat([values[:n], v]).permute(1, 2, 0, 3)
-        if max(start) + rows > self.capacity:
-            raise ValueError(f"{max(start) + rows} columns are needed; the cache has {self.capacity}")
+        if min(start) < 0 or max(start) + rows > self.capacity:
+            raise ValueError(f"columns {min(start)} to {max(start) + rows - 1} are asked for; the cache has {self.capacity}, from 0")
         if start.count(n) == len(start):
             keys[n : n + rows] = k
             values[n : n + rows] = v
@@ -58,8 +58,12 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
+        """That its keys and values take."""
         return sum(x.numel() * x.element_size() for x in (*self._keys, *self._values))
 
     def commit(self, counts: list[int]) -> None:
-        """Add counts[b] tokens to each sequence."""
-        self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
+        """Add counts[b] tokens to each sequence. Raises ValueError for counts that are negative or more than the cache holds."""
+        lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
+        if min(counts) < 0 or max(lengths) > self.capacity:
+            raise ValueError(f"counts are {counts} after {self.lengths}; accepted are 0 or more, up to the cache's {self.capacity} columns")
+        self.lengths = lengths

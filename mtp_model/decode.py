@@ -7,8 +7,10 @@
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import index
 
 import torch
 from torch import Tensor
@@ -54,14 +56,34 @@ class DecodeResult:
     stats: DecodeStats
 
 
+def default_way(model: MTPModel, k: int | None = None) -> tuple[str, int | None]:
+    """Mode and k where none was asked for: on a CPU, where extra rows cost time, linear with two masks; on a GPU quadratic with all.
+
+    Which is fastest for a model, a machine and a batch, `mtp_model.choose` measures.
+    """
+    if model.mtp is None:
+        return MODES[0], None
+    if model.device.type == "cpu":
+        return "linear", min(2, model.mtp.num_masks) if k is None else k
+    return "quadratic", k
+
+
+def token_lists(prompts: Sequence[Sequence[int]] | Tensor, name: str = "prompts") -> list[list[int]]:
+    """Lists of token ids, of lists, arrays or tensors of them. Raises ValueError for anything else."""
+    try:
+        return [[index(token) for token in (p.tolist() if hasattr(p, "tolist") else p)] for p in prompts]
+    except TypeError:
+        raise ValueError(f"{name} are {str(prompts)[:80]!r}; accepted are lists of token ids, integers, one list for each sequence") from None
+
+
 class Decoding:
     """An iterator over the steps of a decoding; each yields the newly accepted tokens of every sequence.
 
-    prompts: token ids, one non-empty list per sequence. mode: see `layout.MODES`. k: masks per block, 1 to the adapter's
-    (default: all of them). eos: end-of-text ids; default the model's, () for none. use_sampler: False drafts from the
-    masks' own logits. draft_candidates: how many tokens, 1 to the vocabulary, the sampler chooses from for each mask, which
-    spares it most of its reading of lm_head; default all of them. It changes which drafts are offered, never the text, and does
-    nothing without a sampler. static: steps of fixed shape with lengths on the device, recorded once and replayed, on a GPU as a CUDA
+    prompts: token ids, one non-empty list per sequence. mode: see `layout.MODES`; default that of `default_way`, which then gives
+    k too. k: masks per block, 1 to the adapter's (default: all of them). eos: end-of-text ids; default the model's, () for none.
+    use_sampler: False drafts from the masks' own logits. draft_candidates: how many tokens, 1 to the vocabulary, the sampler chooses
+    from for each mask, which spares it most of its reading of lm_head; default all of them. It changes which drafts are offered,
+    never the text, and does nothing without a sampler. static: steps of fixed shape with lengths on the device, recorded once and replayed, on a GPU as a CUDA
     graph (see `mtp_model.static`); default where a step can be recorded, with Triton kernels there and with the specification on a CPU;
     False: each step is laid out by the host. Raises ValueError for anything else, before any work.
     """
@@ -71,7 +93,7 @@ class Decoding:
         model: MTPModel,
         prompts: Sequence[Sequence[int]],
         *,
-        mode: str = "quadratic",
+        mode: str | None = None,
         k: int | None = None,
         max_new_tokens: int = 100,
         eos: Sequence[int] | None = None,
@@ -79,6 +101,8 @@ class Decoding:
         draft_candidates: int | None = None,
         static: bool | None = None,
     ):
+        if mode is None:
+            mode, k = default_way(model, k)
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; accepted are {', '.join(MODES)}")
         if mode == "autoregressive":
@@ -89,21 +113,27 @@ class Decoding:
             k = model.mtp.num_masks if k is None else k
             if type(k) is not int or not 1 <= k <= model.mtp.num_masks:
                 raise ValueError(f"k is {k!r}; accepted are 1 to the adapter's {model.mtp.num_masks}")
-        if not prompts or not all(len(p) for p in prompts):
+        prompts, vocab = token_lists(prompts), model.config.vocab_size
+        if not prompts or not all(prompts):
             raise ValueError("accepted are one or more prompts of at least one token each")
-        vocab = model.config.vocab_size
         for b, prompt in enumerate(prompts):
             if min(prompt) < 0 or max(prompt) >= vocab:
                 raise ValueError(f"prompt {b} has a token id outside 0 to {vocab - 1}")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; accepted is 1 or more")
+        if type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens!r}; accepted is an integer from 1")
+        if (most := max(map(len, prompts)) + max_new_tokens) > model.config.max_position_embeddings:
+            warnings.warn(f"texts may become {most} tokens long; the model was made for {model.config.max_position_embeddings}", stacklevel=2)
         if draft_candidates is not None and (type(draft_candidates) is not int or not 1 <= draft_candidates <= vocab):
             raise ValueError(f"draft_candidates is {draft_candidates!r}; accepted are an int from 1 to the vocabulary's {vocab}, or None")
         self.model, self.mode, self.k, self.max_new_tokens = model, mode, k, max_new_tokens
-        self.prompts, self.use_sampler = [list(p) for p in prompts], use_sampler
+        self.prompts, self.use_sampler = prompts, use_sampler
         self.draft_candidates = draft_candidates
+        if static and model.device.type == "cuda" and not recordable(model):
+            raise ValueError("static steps on a GPU are of the Triton kernels, for the reference waits for the device; accepted is False, or None")
         self.static = recordable(model) if static is None else static
-        self.eos = frozenset(model.config.eos_token_ids if eos is None else eos)
+        if eos is not None and isinstance(eos, int):
+            raise ValueError(f"eos is {eos}; accepted are several token ids, as in [{eos}], or () for none")
+        self.eos = frozenset(model.config.eos_token_ids if eos is None else token_lists([eos], "eos")[0])
         batch = len(prompts)
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.finished = [False] * batch
@@ -121,7 +151,7 @@ class Decoding:
         began = time.perf_counter()
         steps = self._steps()
         while True:  # gradients are off inside the steps only, never in the caller's code between them
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.autocast(self.model.device.type, enabled=False):  # the model's dtype was chosen
                 new = next(steps, None)
             seconds = self.stats.seconds
             seconds["other"] = time.perf_counter() - began - seconds["verify"] - seconds["draft"]
@@ -243,7 +273,7 @@ class Decoding:
 
     def _book(self, part: str, began: float) -> None:
         if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.model.device)
         self.stats.seconds[part] += time.perf_counter() - began
 
 

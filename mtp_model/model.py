@@ -139,6 +139,8 @@ class MTPModel(nn.Module):
     def forward(self, rows: Rows, cache: KVCache) -> Tensor:
         if rows.num_masks and self.mtp is None:
             raise ValueError("the pass has mask rows and the model no adapter; add_adapter() or load_adapter() gives it one")
+        if rows.num_masks and rows.k > self.mtp.num_masks:
+            raise ValueError(f"the pass has {rows.k} masks in a block; accepted are up to the adapter's {self.mtp.num_masks}")
         if self.mtp is not None and not self.mtp.gated:
             rows = replace(rows, gated=False)
         x = self.embed_rows(rows)

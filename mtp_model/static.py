@@ -12,6 +12,7 @@ CPU, for the specification, as a TorchScript trace, which spares a small model m
     keep_step(step)                 # for the next text of such a shape
 """
 
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtp_kernels.nn import GatedLoRALinear, version
 from mtp_model.cache import ALIGNMENT, KVCache
 from mtp_model.layout import Layout, decoding_layout
 from mtp_model.model import MTPModel
 
 WARM_UPS = 2  # runs before a capture: kernels are compiled and memory is reserved in them
 KEPT, KEPT_BYTES = 32, 2**30  # steps kept per model, and bytes of their caches; two are kept whatever they need
+_TRACING = threading.Lock()  # a trace takes the parameters' requires_grad away meanwhile
 # torch.jit.trace keeps what it has traced, and every tensor in it, until the process ends; these two beneath it do not.
 TRACES = all(hasattr(torch._C, name) for name in ("_create_graph_by_tracing", "_create_function_from_graph"))
 
@@ -58,7 +61,8 @@ class StaticStep:
         self.use_sampler, self.draft_candidates = use_sampler, draft_candidates
         device = model.device
         self.layout = decoding_layout(mode, k, (True,) * batch, str(device))
-        self.cache = KVCache(model.config, batch, columns, device, model.dtype)
+        # All columns that are stored anyway, for a longer text that this step may serve next.
+        self.cache = KVCache(model.config, batch, -(-columns // ALIGNMENT) * ALIGNMENT, device, model.dtype)
         self.lengths, self.newest, self.room = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(3))
         self.drafts = torch.zeros(batch, k, dtype=torch.int64, device=device)
         self.drafted, self.finished = (torch.zeros(batch, dtype=torch.bool, device=device) for _ in range(2))
@@ -97,13 +101,14 @@ class StaticStep:
             self._run_on_host()
             found = self._read(self.outcome)
             return lambda: found
-        if self.columns not in self._recorded:
-            self._recorded[self.columns] = self._capture().replay
-        self._recorded[self.columns]()
-        copy, event = self._copies[self._runs % 2]
-        self._runs += 1
-        copy.copy_(self.outcome, non_blocking=True)
-        event.record()
+        with torch.cuda.device(self.model.device):  # capture, streams and events are the current device's
+            if self.columns not in self._recorded:
+                self._recorded[self.columns] = self._capture().replay
+            self._recorded[self.columns]()
+            copy, event = self._copies[self._runs % 2]
+            self._runs += 1
+            copy.copy_(self.outcome, non_blocking=True)
+            event.record()
 
         def read() -> Outcome:
             event.synchronize()
@@ -126,8 +131,10 @@ class StaticStep:
             self._rehearse(WARM_UPS)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self._step()
+        # A graph knows addresses and keeps nothing alive: parameters may be replaced, and what was made of them dropped.
+        self._held = [*self.model.parameters(), *(module._prepared for module in self.model.modules() if isinstance(module, GatedLoRALinear))]
         return graph
 
     def _run_on_host(self) -> None:
@@ -144,6 +151,10 @@ class StaticStep:
 
     def _trace(self) -> Callable[..., object]:
         """Run a step, and record it: a function of what the step writes to."""
+        with _TRACING:
+            return self._traced()
+
+    def _traced(self) -> Callable[..., object]:
         self._rehearse(1)  # what is made once, such as the fastest form of an adapter, must not be recorded
         trained = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in trained:  # which a trace refuses
@@ -205,15 +216,14 @@ class StaticStep:
 
 def _key(model: MTPModel, batch: int, options: tuple) -> tuple:
     """What must be the same for a step to serve again; it holds the parameters that it was recorded with, or what was made of them."""
-    parameters = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
-    return batch, options, parameters
+    return batch, options, version(*model.parameters())
 
 
 def take_step(model: MTPModel, batch: int, columns: int, mode: str, k: int, use_sampler: bool, draft_candidates: int | None, eos: frozenset[int]) -> StaticStep:
     """A step with a cache of at least `columns` columns: one that was kept, or a new one."""
     key = _key(model, batch, (mode, k, use_sampler, draft_candidates, eos))
     step = model.kept_steps.pop(key, None)
-    if step is None or step.cache.columns < columns:
+    if step is None or step.cache.capacity < columns:
         step = StaticStep(model, batch, columns, mode, k, use_sampler=use_sampler, draft_candidates=draft_candidates, eos=eos)
         step.key = key
     return step

@@ -51,7 +51,7 @@ def test_capacity():
     assert cache.capacity == 6
     rows = torch.ones(3, 2, 1, 4)
     cache.update(0, rows, -rows, (3, 0))
-    with pytest.raises(ValueError, match="7 columns are needed; the cache has 6"):
+    with pytest.raises(ValueError, match="columns 0 to 6 are asked for; the cache has 6"):
         cache.update(0, rows, -rows, (0, 4))
     assert columns(cache, 0, 1) == [1, 1, 1, 0, 0, 0]
     with pytest.raises(ValueError):

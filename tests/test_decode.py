@@ -1,5 +1,7 @@
 """Decoding writes what the model alone would write, counts honestly, and accepts only prefixes."""
 
+import json
+
 import pytest
 import torch
 
@@ -107,6 +109,15 @@ def test_end_of_text_defaults_to_the_models(make_hf_dir, oracle, shared, tmp_pat
     plain = dict(mode="autoregressive", max_new_tokens=NEW)
     assert generate(model, PROMPTS[:1], **plain).tokens == [cut(oracle[0], eos)]
     assert generate(model, PROMPTS[:1], eos=(), **plain).tokens == [oracle[0]]
+
+
+def test_end_of_text_of_the_generation_config(make_hf_dir, oracle):
+    """Which transformers' generate heeds, and where chat models have the id that ends a turn; config.json's where it has none."""
+    directory, later = make_hf_dir(seed=3, eos_token_id=[oracle[0][8]]), oracle[0][4]
+    plain = dict(mode="autoregressive", max_new_tokens=NEW)
+    for ids, expected in (([later], cut(oracle[0], later)), (later, cut(oracle[0], later)), (None, cut(oracle[0], oracle[0][8]))):
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert generate(load_model(directory), PROMPTS[:1], **plain).tokens == [expected]
 
 
 @pytest.mark.parametrize("maximum", [1, 2, 5, 11])
@@ -221,7 +232,13 @@ def test_seconds(shared):
         (dict(prompts=[[1], []]), "at least one token"),
         (dict(prompts=[[1], [6]]), "prompt 1"),
         (dict(prompts=[[-1]]), "outside 0 to 5"),
+        (dict(prompts=[1, 2]), r"prompts are '\[1, 2\]'; accepted are lists"),
+        (dict(prompts="abc"), "prompts are 'abc'"),
+        (dict(prompts=[[1.0, 2.0]]), "accepted are lists of token ids, integers"),
+        (dict(eos=3), "eos is 3"),
+        (dict(eos=["a"]), "eos are"),
         (dict(max_new_tokens=0), "max_new_tokens"),
+        (dict(max_new_tokens=3.5), "max_new_tokens is 3.5"),
         (dict(draft_candidates=0), "draft_candidates is 0; accepted .* 1 to the vocabulary's 6"),
         (dict(draft_candidates=7), "draft_candidates is 7"),
         (dict(draft_candidates=True), "draft_candidates is True"),
@@ -236,6 +253,25 @@ def test_no_adapter(toy_model):
     with pytest.raises(ValueError, match="adapter"):
         Decoding(toy_model, PROMPTS, mode="quadratic")
     assert len(generate(toy_model, [[1]], mode="autoregressive", max_new_tokens=3).tokens[0]) == 3
+
+
+def test_the_default_way(toy_model, toy_adapter_model):
+    """On a CPU few rows; k alone, or a mode alone, is taken as it is."""
+    model = toy_adapter_model(k=4)
+    ways = [(d.mode, d.k) for d in (Decoding(model, [[1]], **o) for o in ({}, {"k": 3}, {"mode": "quadratic"}, {"mode": "autoregressive"}))]
+    assert ways == [("linear", 2), ("linear", 3), ("quadratic", 4), ("autoregressive", 0)]
+    assert Decoding(toy_adapter_model(k=1, name="one"), [[1]]).k == 1
+    assert Decoding(toy_model, [[1]]).mode == "autoregressive"
+
+
+def test_prompts_may_be_tensors(shared, oracle):
+    for prompts in (torch.tensor(PROMPTS[0]).unsqueeze(0), [torch.tensor(PROMPTS[0])], [tuple(PROMPTS[0])]):
+        assert generate(shared.model, prompts, mode="linear", k=2, max_new_tokens=NEW).tokens == [oracle[0]]
+
+
+def test_longer_than_the_model_was_made_for(toy_model):
+    with pytest.warns(UserWarning, match="may become 2049 tokens long; the model was made for 2048"):
+        Decoding(toy_model, [[1] * 2000], max_new_tokens=49)
 
 
 def test_a_loop_that_was_left_goes_on(shared):

@@ -180,6 +180,35 @@ def test_compiles_whole(backend, gate):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizers_step_reaches_what_is_kept(fused):
+    """A fused optimizer writes without raising torch's version counter; the model stays in evaluation mode all along."""
+    module, x = layer().eval(), torch.randn(5, 8)
+    optimizer = torch.optim.AdamW([module.lora_A, module.lora_B], lr=0.1, fused=fused)
+    for _ in range(3):
+        with torch.no_grad():
+            kept = module(x, 2)
+        y = module(x, 2)
+        torch.testing.assert_close(kept, y.detach())
+        y.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_reset_parameters():
+    """As after `to_empty`: every value is drawn anew, and a fresh adapter adds nothing."""
+    module, x = mlp(bias=True), torch.randn(5, 8)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(float("nan"))
+    for part in module.children():
+        part.reset_parameters()
+    norm = RMSNorm(8, device="meta").to_empty(device="cpu")
+    norm.reset_parameters()
+    assert torch.equal(module(x, 0), module(x)) and module(x).isfinite().all() and module.gate_up_proj.lora_A.std() > 0
+    assert torch.equal(norm.weight, torch.ones(8)) and module.down_proj.out_features == 8
+
+
 @pytest.mark.parametrize("gate", [None, 2, MIXED], ids=str)
 @pytest.mark.parametrize("grad", [False, True])
 def test_autocast(gate, grad):

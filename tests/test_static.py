@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_a_step_serves_again(shared, monkeypatch):
     monkeypatch.setattr(StaticStep, "__init__", lambda self, *a, **o: made.append(a) or original(self, *a, **o))
     model = shared.model
     model.kept_steps.clear()
-    for prompt in PROMPTS[::-1]:
+    for prompt in sorted(PROMPTS, key=len) + sorted(PROMPTS, key=len)[::-1]:  # a longer text after a shorter one, and the other way round
         fixed, host = both_ways(model, [prompt], mode="linear", k=2, max_new_tokens=11)
         assert fixed.tokens == host.tokens
     assert len(made) == 1
@@ -74,6 +75,45 @@ def test_a_changed_adapter_needs_a_new_step(toy_adapter_model):
     generate(model, PROMPTS, mode="linear", max_new_tokens=5, static=True)
     (after,) = model.kept_steps  # the step of the adapter as it was serves nobody any more
     assert after != before
+
+
+def test_a_fused_optimizers_step_needs_a_new_step(toy_adapter_model):
+    model = toy_adapter_model(k=2)
+    generate(model, PROMPTS, mode="linear", max_new_tokens=5, static=True)
+    (before,) = model.kept_steps
+    optimizer = torch.optim.SGD(model.adapter_parameters().values(), lr=0.5, fused=True)
+    for parameter in model.adapter_parameters().values():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    fixed, host = both_ways(model, mode="linear", k=2, max_new_tokens=12)
+    assert fixed.tokens == host.tokens and fixed.stats.accepted == host.stats.accepted and before not in model.kept_steps
+
+
+def test_under_autocast_the_model_keeps_its_dtype(shared):
+    expected = generate(shared.model, PROMPTS, mode="linear", k=2, max_new_tokens=9)
+    shared.model.kept_steps.clear()
+    for fixed in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = generate(shared.model, PROMPTS, mode="linear", k=2, max_new_tokens=9, static=fixed)
+        assert found.tokens == expected.tokens and found.stats.accepted == expected.stats.accepted
+
+
+def test_several_threads(toy_adapter_model):
+    """The adapter's parameters require gradients, which a trace takes away from all of the model for a moment."""
+    model = toy_adapter_model(k=2)
+    expected = [generate(model, [p], mode="linear", max_new_tokens=9, static=False).tokens for p in PROMPTS]
+    model.kept_steps.clear()
+    wrong = []
+
+    def run(index):
+        for k in (1, 2, 1, 2):
+            if generate(model, [PROMPTS[index]], mode="linear", k=k, max_new_tokens=9, static=True).tokens != expected[index]:
+                wrong.append(index)
+
+    with ThreadPoolExecutor(6) as pool:
+        for result in [pool.submit(run, i % len(PROMPTS)) for i in range(12)]:
+            result.result()
+    assert not wrong and all(p.requires_grad for n, p in model.adapter_parameters().items() if n != "masks")
 
 
 def test_a_changed_base_needs_a_new_step(toy_adapter_model):
