@@ -6,8 +6,8 @@
     model = remove_gated_lora(model)
 
 rows: a boolean tensor of the pass's (batch, sequence), True where the adapter applies; for a batch of one also an int m,
-rows m and later; None is off. With the gate off every projection runs the code it ran before, so logits, `generate` and
-checkpoints are what they were, bit for bit.
+rows m and later; True for all rows of every pass, so that `generate` writes with the adapter; None is off. With the gate off
+every projection runs the code it ran before, so logits, `generate` and checkpoints are what they were, bit for bit.
 
 How it hangs together. A projection stays the object it was; its class changes to `GatedLinear` and back, so parameters,
 keys, hooks and references to it are untouched. A pass's gate travels as a keyword argument from the model through a decoder
@@ -32,14 +32,23 @@ PROJECTIONS = {
     "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
 }  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Rows = bool | int | Tensor | None
+
+
+class _State:
+    """What a thread's passes are to do."""
+
+    def __init__(self):
+        self.asked: tuple[tuple[nn.Module, Rows], ...] = ()  # by `gate`, for whole models, the innermost first
+        self.gate: int | Tensor | None = None  # for the projections of the decoder layer that is running
 
 
 class _Thread(threading.local):
-    """What this thread's passes are to do: a model may run in several threads at once."""
+    """A model may run in several threads at once. The state is an object of its own: torch.compile loses what is written to the
+    attributes of a thread-local itself when a graph breaks."""
 
     def __init__(self):  # once in each thread
-        self.asked: tuple[tuple[nn.Module, int | Tensor | None], ...] = ()  # by `gate`, for whole models, the innermost first
-        self.gate: int | Tensor | None = None  # for the projections of the decoder layer that is running
+        self.state = _State()
 
 
 _thread = _Thread()
@@ -49,9 +58,10 @@ class GatedLinear(GatedLoRALinear, nn.Linear):
     """An nn.Linear while it has an adapter. Made of one by assigning its `__class__`, never constructed."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if _thread.gate is None:
+        rows = _thread.state.gate
+        if rows is None:
             return nn.Linear.forward(self, x)
-        return GatedLoRALinear.forward(self, x, _thread.gate)
+        return GatedLoRALinear.forward(self, x, rows)
 
 
 @dataclass
@@ -85,8 +95,11 @@ def _added(model: nn.Module) -> tuple[nn.Module, _Added]:
 
 def _plain_linear(layer: nn.Module, name: str, target: str) -> nn.Linear:
     module = getattr(getattr(layer, PROJECTIONS[target], None), target, None)
-    if type(module) is not nn.Linear:
-        raise ValueError(f"{name} is a {type(module).__name__}; accepted is an nn.Linear (not a quantised or wrapped one)")
+    kind = type(module)
+    if kind is not nn.Linear:
+        raise ValueError(f"{name} is a {kind.__module__}.{kind.__name__}; accepted is torch.nn.Linear (not quantised or wrapped; PEFT: merge_and_unload)")
+    if module.weight.dtype not in DTYPES:
+        raise ValueError(f"{name} is {module.weight.dtype}; accepted are {', '.join(map(str, DTYPES))}")
     if "forward" in vars(module):  # it would go on to call nn.Linear's, and the adapter would do nothing
         raise ValueError(f"{name} has a forward of its own (offloading?); accepted is nn.Linear's")
     return module
@@ -104,7 +117,8 @@ def add_gated_lora(
 ) -> nn.Module:
     """Give a transformers Llama, Mistral, Qwen2 or Qwen3 model a new gated LoRA adapter, in place; returns the model.
 
-    Pass the outermost model: its `save_pretrained` is told to leave the adapter out. (Of all it writes, only the number
+    Pass the outermost model: its `save_pretrained` is told to leave the adapter out, and so are the checkpoints of transformers'
+    Trainer: save and load `gated_lora_state_dict` beside them (with a "gate" column also set remove_unused_columns=False). (Of all it writes, only the number
     `total_parameters` in the index of a checkpoint in several files counts the adapter: it is `model.num_parameters()`.)
 
     rank: 1 to 512. alpha: the adapter is scaled by alpha / rank; default the rank. targets: which projections of every
@@ -128,6 +142,8 @@ def add_gated_lora(
         raise ValueError(f"dtype is {dtype}; accepted are {', '.join(map(str, DTYPES))}, or None for each weight's")
     names = [(i, target) for i in range(len(base.layers)) for target in PROJECTIONS if target in targets]
     linears = {f"layers.{i}.{t}": _plain_linear(base.layers[i], f"layers.{i}.{PROJECTIONS[t]}.{t}", t) for i, t in names}
+    if len(set(linears.values())) < len(linears):
+        raise ValueError("layers share a projection; accepted is one of its own for each")
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
     others = [m for m in model.modules() if type(m) is nn.Linear and m.bias is None and m not in linears.values()]
@@ -206,42 +222,45 @@ def load_gated_lora_state_dict(model: nn.Module, tensors: dict[str, Tensor]) -> 
 
 
 @contextmanager
-def gate(model: nn.Module, rows: int | Tensor | None) -> Iterator[None]:
+def gate(model: nn.Module, rows: Rows) -> Iterator[None]:
     """Inside, every pass of `model` in this thread applies its adapter to `rows` (see the module's text).
 
     An inner context, or the argument `gate=` of the model itself, takes precedence. Rows are those of one pass: with a
-    cache, of its new tokens. A pass whose shape the gate does not fit raises ValueError in its first layer.
+    cache, of its new tokens. A pass whose shape the gate does not fit raises ValueError in its first layer. The context is the thread's:
+    do not await in it.
     Raises ValueError for a model without an adapter or another kind of gate.
     """
     base = _added(model)[0]
     _check_kind(rows)
-    before = _thread.asked
-    _thread.asked = ((base, rows), *before)
+    state, mine = _thread.state, (base, rows)
+    state.asked = (mine, *state.asked)
     try:
         yield
     finally:
-        _thread.asked = before
+        state.asked = tuple(each for each in state.asked if each is not mine)
 
 
-def _check_kind(rows: int | Tensor | None) -> None:
+def _check_kind(rows: Rows) -> None:
     if isinstance(rows, Tensor):
         if rows.dtype is torch.bool:
             return
         rows = f"a tensor of {rows.dtype}"
-    elif rows is None or (isinstance(rows, int) and not isinstance(rows, bool) and rows >= 0):
+    elif rows is None or rows is True or (isinstance(rows, int) and not isinstance(rows, bool) and rows >= 0):
         return
-    raise ValueError(f"gate is {rows}; accepted are a boolean tensor of shape (batch, sequence), an int from 0 for a batch of one, or None")
+    raise ValueError(
+        f"gate is {rows}; accepted are a boolean tensor of shape (batch, sequence), an int from 0 for a batch of one, True for all rows, or None"
+    )
 
 
 def _contiguous(module: nn.Module, args: tuple) -> tuple:
     """For a matrix frozen here, which is lm_head above all: torch takes another routine for a product with a strided input
     (the last rows of several sequences, say) when the weight requires no gradient, and its sums differ in the last bit."""
-    return (args[0].contiguous(), *args[1:])
+    return (args[0].contiguous(), *args[1:]) if args else args
 
 
 def _before_model(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     if "gate" not in kwargs:
-        for model, rows in _thread.asked:
+        for model, rows in _thread.state.asked:
             if model is base:
                 return args, kwargs | {"gate": rows}
     return None
@@ -256,6 +275,8 @@ def _before_attention(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[
         if rows.shape != (batch, sequence):
             raise ValueError(f"gate has shape {tuple(rows.shape)}; accepted is this pass's (batch, sequence) = {(batch, sequence)}")
         rows = rows.to(hidden.device)
+    elif rows is True:
+        rows = 0
     elif rows is not None:
         if batch != 1 or rows > sequence:
             raise ValueError(
@@ -263,9 +284,9 @@ def _before_attention(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[
                 f"up to its number of rows, or a boolean tensor of shape {(batch, sequence)}"
             )
         rows = rows if rows < sequence else None
-    _thread.gate = rows
+    _thread.state.gate = rows
     return args, kwargs
 
 
 def _close(module: nn.Module, args: tuple, output: object) -> None:
-    _thread.gate = None
+    _thread.state.gate = None

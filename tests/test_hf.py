@@ -238,7 +238,7 @@ def test_a_gate_that_does_not_fit():
     misfits = {
         r"shape \(2, 8\).*\(2, 9\)": on[:, :8], r"shape \(9,\)": on[0], r"gate is 3 and the pass has 2 sequences": 3,
     }  # fmt: skip
-    kinds = {"torch.int64": on.long(), "True": True, "-1": -1, "1.5": 1.5, r"\[1, 2\]": [1, 2], "'on'": "'on'"}
+    kinds = {"torch.int64": on.long(), "False": False, "-1": -1, "1.5": 1.5, r"\[1, 2\]": [1, 2], "'on'": "'on'"}
     for match, value in misfits.items():
         with pytest.raises(ValueError, match=match), gate(model, value):
             model(ids)
@@ -273,7 +273,7 @@ def test_models_that_are_refused():
         linear.forward = linear.forward
 
     refused = [
-        (quantise, {}, "layers.1.mlp.up_proj is a Linear4bit"), (offload, {}, "layers.0.self_attn.k_proj has a forward of its own"),
+        (quantise, {}, "layers.1.mlp.up_proj is a test_hf.Linear4bit"), (offload, {}, "layers.0.self_attn.k_proj has a forward of its own"),
         (None, dict(rank=0), "rank is 0"), (None, dict(rank=True), "rank is True"), (None, dict(rank=513), "1 to 512"),
         (None, dict(alpha=0), "alpha is 0"), (None, dict(targets=("q_proj", "lm_head")), "lm_head.*down_proj"),
         (None, dict(targets=()), "targets are"), (None, dict(dtype=torch.int8), "dtype is torch.int8"),
@@ -444,6 +444,72 @@ def test_compiled_whole():
             torch.testing.assert_close(compiled(ids).logits, on)
         torch.testing.assert_close(compiled(ids, gate=5).logits, on)
     torch.compiler.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("kind", ["rows", "number"])
+def test_compiled_in_parts(whole, kind):
+    """A graph that breaks, at a boolean gate's rows or at a hook of the user's, and layers compiled by themselves, see the gate as well."""
+    torch.manual_seed(0)
+    model, ids = with_adapter(AutoModelForCausalLM.from_config(LlamaConfig(**SMALL | dict(num_hidden_layers=1))).eval()), tokens(1, 9)
+    on = torch.arange(9).unsqueeze(0) % 3 == 1 if kind == "rows" else 5
+    model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    expected, off = model(ids, gate=on).logits, model(ids).logits
+    if whole:
+        model.compile(backend="eager")
+    else:
+        model.model.layers[0].compile(backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(model(ids, gate=on).logits, expected)
+        torch.testing.assert_close(model(ids).logits, off)
+        with gate(model, on):
+            torch.testing.assert_close(model(ids).logits, expected)
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+def test_all_rows():
+    """True is every row of every pass, of any batch: text is written with the adapter, as with its product added to the weights."""
+    model, ids = with_adapter(plain()), tokens(3, 7)
+    merged = plain()
+    for name, tensor in gated_lora_state_dict(model).items():
+        if name.endswith("lora_A"):
+            _, number, projection, _ = name.split(".")
+            part = merged.model.layers[int(number)].get_submodule(f"{PROJECTIONS[projection]}.{projection}")
+            part.weight += gated_lora_state_dict(model)[name.replace("lora_A", "lora_B")] @ tensor
+    with gate(model, True):
+        torch.testing.assert_close(model(ids).logits, merged(ids).logits)
+        for options in (dict(), dict(num_beams=2)):
+            options |= dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+            assert torch.equal(model.generate(ids, **options), merged.generate(ids, **options))
+
+
+@torch.no_grad()
+def test_contexts_left_in_another_order():
+    model, ids = with_adapter(plain()), tokens(1, 5)
+    off, two = model(ids).logits, model(ids, gate=2).logits
+    outer, inner = gate(model, 2), gate(model, 0)
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    inner.__exit__(None, None, None)
+    assert torch.equal(model(ids).logits, off) and not torch.equal(off, two)
+
+
+@pytest.mark.parametrize(
+    "damage, word",
+    [
+        (lambda model: model.double(), "is torch.float64; accepted"),
+        (lambda model: setattr(model.model.layers[1], "mlp", model.model.layers[0].mlp), "share a projection"),
+    ],
+)
+def test_models_that_cannot_have_one(damage, word):
+    model = plain()
+    damage(model)
+    with pytest.raises(ValueError, match=word):
+        add_gated_lora(model, 4)
+    assert not hasattr(model.model, "_gated_lora") and type(model.model.layers[0].mlp.up_proj) is nn.Linear
 
 
 def test_the_readme_example_runs(make_hf_dir):
