@@ -11,7 +11,6 @@ Tokens per step (the paper's "acceptance") and wall-clock speedup are different 
 """
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -21,11 +20,12 @@ import torch
 from tqdm import tqdm
 
 from bench import decode_shape
-from bench.report import PeakMemory, environment, quartiles, table, write_json
+from bench.report import PeakMemory, environment, quartiles, shown, table, write_json
 from mtp_model import Decoding, MTPModel, generate, load_adapter, load_model
-from mtp_model.arguments import DTYPES, IMPLEMENTATIONS, default_device, default_dtype, load_tokenizer
+from mtp_model.arguments import DTYPES, IMPLEMENTATIONS, default_device, default_dtype, device_name, load_tokenizer, positive
 from mtp_model.demo import ABLATION, ADAPTER, BASE, HELD_OUT
 from mtp_model.layout import MODES
+from mtp_model.records import read_prompts
 
 AUTOREGRESSIVE = "autoregressive"
 GENERATE, LOOKUP = "transformers generate", "transformers prompt lookup"
@@ -53,21 +53,6 @@ class Row:
     @property
     def label(self) -> str:
         return f"{self.name}, k = {self.k}" if self.k else self.name
-
-
-def read_prompts(path: Path, tokenizer, count: int) -> list[list[int]]:
-    """Token ids of the first `count` prompts of a JSON-lines file of {"prompt": text}."""
-    if not path.is_file():
-        raise ValueError(f"prompts file {path} does not exist")
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            prompts.append(tokenizer(json.loads(line)["prompt"])["input_ids"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}, line {number}: accepted is {{"prompt": text}} ({error!r})') from None
-    if not prompts or not all(prompts):
-        raise ValueError(f"{path} holds no prompts, or an empty one")
-    return prompts[:count]
 
 
 class Peer:
@@ -255,29 +240,22 @@ def ablation(model: MTPModel, prompts: list[list[int]], new_tokens: int, k: int,
     return table([f"k = {k}", *ACCEPTANCE], lines), records
 
 
-def shown(value):
-    """A setting as it is written down: what ships with the package is named relative to it, wherever that is installed."""
-    if isinstance(value, Path) and value.is_relative_to(BASE.parents[2]):
-        return value.relative_to(BASE.parents[2]).as_posix()
-    return str(value) if isinstance(value, Path) else value
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=BASE, metavar="DIR", help="Hugging Face directory (default: the demo model)")
     parser.add_argument("--adapter", type=Path, default=ADAPTER, metavar="DIR", help="default: the demo adapter")
-    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
+    parser.add_argument("--device", type=device_name, default=default_device(), help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU that has it, else float32")
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: triton on a GPU, reference on a CPU")
     parser.add_argument("--modes", nargs="+", choices=MODES[1:], help="default: linear and quadratic")
     parser.add_argument("--k", type=int, nargs="+", help="masks per block (default: several by mode)")
-    parser.add_argument("--batch", type=int, default=1, help="prompts decoded together (default 1)")
-    parser.add_argument("--prompts", type=Path, default=HELD_OUT, metavar="FILE", help='JSON lines of {"prompt": text} (default: held-out source)')
-    parser.add_argument("--num-prompts", type=int, help="how many of them (default 16; with --check and --ablation 64)")
-    parser.add_argument("--new-tokens", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--batch", type=positive, default=1, help="prompts decoded together (default 1)")
+    parser.add_argument("--prompts", type=Path, default=HELD_OUT, metavar="FILE", help="JSON lines or parquet, as for training (default: held-out source)")
+    parser.add_argument("--num-prompts", type=positive, help="how many of them (default 16; with --check and --ablation 64)")
+    parser.add_argument("--new-tokens", type=positive, default=100)
+    parser.add_argument("--repeats", type=positive, default=2)
     parser.add_argument("--seed", type=int, default=0, help="which prompt the sample shows")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers' rows out")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="for decode.json and decode.png (default: results)")
@@ -291,15 +269,13 @@ def main(argv=None) -> int:
     if any(argument.partition("=")[0] == "--shape" for argument in argv):
         return decode_shape.main(argv)
     args = build_parser().parse_args(argv)
-    for name in ("batch", "new_tokens", "repeats"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; accepted is 1 or more")
+    args.out.mkdir(parents=True, exist_ok=True)  # before anything is measured
     dtype_name = args.dtype or default_dtype(args.device)
     device, dtype = torch.device(args.device), DTYPES[dtype_name]
     model = load_adapter(args.adapter).apply(load_model(args.model, device=device, dtype=dtype, implementation=args.implementation), dtype)
     tokenizer = load_tokenizer(args.model)
     count = args.num_prompts or (64 if args.check or args.ablation else 16)
-    prompts = read_prompts(args.prompts, tokenizer, count)
+    prompts = read_prompts([args.prompts], tokenizer, vocab_size=model.config.vocab_size, limit=count)
     bad = [k for k in args.k or () if not 1 <= k <= model.mtp.num_masks]
     if bad:
         raise ValueError(f"--k has {bad}; accepted are 1 to the adapter's {model.mtp.num_masks}")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from mtp_model.demo import BASE
+
 
 def _cpu_name() -> str:
     try:
@@ -31,6 +33,13 @@ def _commit() -> str | None:
     except OSError:
         return None
     return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def shown(value):
+    """A setting as it is written down: what ships with the package is named relative to it, other files by their name alone."""
+    if isinstance(value, Path):
+        return value.relative_to(BASE.parents[2]).as_posix() if value.is_relative_to(BASE.parents[2]) else value.name
+    return [shown(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def environment(device: torch.device) -> dict:

@@ -7,6 +7,7 @@ only the rows of its candidates. Counted is what `mtp_kernels.reference.sampler_
 product that has it; left out are vectors of the hidden size (states, embeddings, biases, norms) and the candidates' ids.
 """
 
+import argparse
 from dataclasses import dataclass
 
 from bench.counts import Count
@@ -60,5 +61,6 @@ def table(d: int, vocab: int, k: int, candidates: tuple[int | None, ...] = (None
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m bench.sampler_counts", description=__doc__.split("\n\n")[0]).parse_args()
     print("Llama-3.1-8B (d = 4096, V = 128256), k = 8, batch 1, bfloat16:\n")
     print(table(4096, 128_256, 8))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from mtp_model import answers, choose, plot
 from mtp_model.arguments import add_model_arguments, load_asked_model, load_tokenizer
-from mtp_model.checkpoint import load_adapter
+from mtp_model.checkpoint import Adapter, load_adapter
 from mtp_model.decode import Decoding
-from mtp_model.demo import ADAPTER
+from mtp_model.demo import ADAPTER, BASE
 from mtp_model.layout import MODES
 from mtp_model.train import TrainingFailed, command
 
@@ -35,13 +35,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     speak = commands.add_parser("generate", help="continue a prompt")
     add_model_arguments(speak)
-    speak.add_argument("--adapter", type=Path, default=ADAPTER, metavar="DIR", help="default: the demo adapter")
-    speak.add_argument("--mode", choices=MODES, default="quadratic")
+    speak.add_argument("--adapter", type=Path, metavar="DIR", help="default: the demo adapter, for the demo model")
+    speak.add_argument("--mode", choices=MODES, help="default: linear with 2 masks on a CPU, quadratic on a GPU; `choose` measures which is fastest")
     speak.add_argument("--k", type=int, help="masks per block (default: the adapter's)")
     speak.add_argument("--max-new-tokens", type=int, default=100)
     speak.add_argument("--draft-candidates", type=int, metavar="C", help="tokens that the sampler chooses from for each mask (default: all)")
     speak.add_argument("prompt", help="text to continue; - reads standard input")
     return parser
+
+
+def asked_adapter(args) -> Adapter:
+    if args.adapter is None and args.model != BASE:
+        raise ValueError(f"--model is {args.model} and no --adapter was given; accepted is one that was trained for it")
+    return load_adapter(args.adapter or ADAPTER)
 
 
 def run_answers(args) -> int:
@@ -52,24 +58,25 @@ def run_answers(args) -> int:
 
 
 def run_choose(args) -> int:
-    return choose.run(args, load_adapter(args.adapter).apply(load_asked_model(args)), load_tokenizer(args.model))
+    return choose.run(args, asked_adapter(args).apply(load_asked_model(args)), load_tokenizer(args.model))
 
 
 def run_generate(args) -> int:
     model = load_asked_model(args)
     if args.mode != "autoregressive":
-        load_adapter(args.adapter).apply(model)
+        asked_adapter(args).apply(model)
     tokenizer = load_tokenizer(args.model)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     ids = tokenizer(prompt)["input_ids"]
     decoding = Decoding(model, [ids], mode=args.mode, k=args.k, max_new_tokens=args.max_new_tokens, draft_candidates=args.draft_candidates)
-    written = ""
+    written = text = ""
     for _ in decoding:
-        text = tokenizer.decode(decoding.tokens[0])
+        tokens = decoding.tokens[0]
+        text = tokenizer.decode(tokens[:-1] if tokens[-1] in decoding.eos else tokens)
         if not text.endswith("\ufffd"):  # a character may be spread over tokens
             print(text[len(written) :], end="", flush=True)
             written = text
-    print()
+    print(text[len(written) :])
     print(f"{decoding.stats.tokens_per_step:.2f} tokens per step, {sum(decoding.stats.tokens)} tokens", file=sys.stderr)
     return 0
 
@@ -79,7 +86,7 @@ def main(argv=None) -> int:
     runs = {"train": command.run, "answers": run_answers, "choose": run_choose, "generate": run_generate, "plot": plot.run}
     try:
         return runs[args.command](args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except TrainingFailed as error:

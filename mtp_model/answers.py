@@ -39,38 +39,48 @@ class AnswerOptions:
 
 
 def write_answers(model: MTPModel, prompts: list[list[int]], out: str | Path, options: AnswerOptions) -> Iterator[int]:
-    """Write a line {"prompt_ids", "response_ids"} for each prompt to `out`, in order; yields how many lines stand after each batch.
+    """Write a line {"prompt_ids", "response_ids", "by"} for each prompt to `out`, in order; yields how many lines stand after each batch.
 
-    A file that holds some lines already is continued; what an interruption cut off is written again. Raises ValueError if its
-    lines are not answers to these prompts.
+    by: the model's fingerprint and max_new_tokens, which decide the answer. A file that holds some lines already is continued; what an
+    interruption cut off is written again. Raises ValueError, and changes nothing, if its lines are not this model's answers to these prompts.
     """
-    out = Path(out)
-    done = _answered(out, prompts) if out.exists() else 0
+    out, by = Path(out), [model.fingerprint, options.max_new_tokens]
+    done = _answered(out, prompts, by) if out.exists() else 0
     yield done
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a", encoding="utf-8") as file:
         for first in range(done, len(prompts), options.batch):
             batch = prompts[first : first + options.batch]
             tokens = generate(model, batch, mode=options.mode, k=options.k, max_new_tokens=options.max_new_tokens).tokens
-            lines = [json.dumps({"prompt_ids": p, "response_ids": t}) + "\n" for p, t in zip(batch, tokens, strict=True)]
+            lines = [json.dumps({"prompt_ids": p, "response_ids": t, "by": by}) + "\n" for p, t in zip(batch, tokens, strict=True)]
             file.write("".join(lines))
             file.flush()
             yield first + len(batch)
 
 
-def _answered(out: Path, prompts: list[list[int]]) -> int:
+def _answered(out: Path, prompts: list[list[int]], by: list) -> int:
     """How many prompts `out` answers; a last line that was cut off is removed."""
     whole, count = 0, 0
     with open(out, "rb") as file:
         for line in file:
-            if not line.endswith(b"\n"):
-                break
-            try:
-                same = count < len(prompts) and json.loads(line)["prompt_ids"] == prompts[count]
-            except (ValueError, TypeError, KeyError):
-                same = False
+            prompt = prompts[count] if count < len(prompts) else None
+            cut_off = not line.endswith(b"\n")
+            if cut_off:
+                begins = json.dumps({"prompt_ids": prompt})[:-1].encode()
+                same = line.startswith(begins[: len(line)])
+            else:
+                try:
+                    record = json.loads(line)
+                    same = record["prompt_ids"] == prompt and record["by"] == by
+                except (ValueError, TypeError, KeyError):
+                    same = False
             if not same:
-                raise ValueError(f"{out}, line {count + 1} is not the answer to prompt {count + 1}; accepted is a new file, or one that these prompts began")
+                raise ValueError(
+                    f"{out}, line {count + 1} is not this model's answer to prompt {count + 1} with {by[1]} new tokens at most; "
+                    "accepted is a new file, or one that the same model, prompts and max_new_tokens began"
+                )
+            if cut_off:
+                break
             whole, count = whole + len(line), count + 1
     os.truncate(out, whole)
     return count

@@ -13,6 +13,24 @@ IMPLEMENTATIONS = ("triton", "reference")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+def device_name(text: str) -> str:
+    """An argument that names a device of this machine."""
+    try:
+        kind = torch.device(text).type
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; accepted are cpu, cuda, cuda:1 and their like") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text!r} is asked for and torch {torch.__version__} finds no GPU; accepted here is cpu")
+    return text
+
+
+def positive(text: str) -> int:
+    """An argument that is an integer from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted is an integer from 1")
+    return int(text)
+
+
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -23,6 +41,7 @@ def default_dtype(device: str) -> str:
 
 
 def load_tokenizer(directory: Path):
+    """transformers' tokenizer of a Hugging Face directory."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(directory)
@@ -30,7 +49,7 @@ def load_tokenizer(directory: Path):
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=BASE, metavar="DIR", help="Hugging Face directory, Llama family (default: the demo model)")
-    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
+    parser.add_argument("--device", type=device_name, default=default_device(), help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU that has it, else float32")
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: triton on a GPU, reference on a CPU")
 

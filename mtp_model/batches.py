@@ -10,20 +10,6 @@ import numpy as np
 WINDOW = 50  # batches that are sorted by length together: enough for like lengths, few enough to leave the order random
 
 
-def batch_indices(n: int, batch: int, step: int, seed: int) -> list[int]:
-    """Which examples make batch number `step`: consecutive ones of a stream of shuffled epochs. Depends on nothing else.
-
-    The plain order, which `Batches` gives without packing and buckets.
-    """
-    picked, orders = [], {}
-    for position in range(step * batch, (step + 1) * batch):
-        epoch, offset = divmod(position, n)
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(n)
-        picked.append(int(orders[epoch][offset]))
-    return picked
-
-
 def pack(lengths: np.ndarray, limit: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Examples of the given lengths, (n,) int64, to sequences of at most `limit` tokens, by best fit, longest first.
 

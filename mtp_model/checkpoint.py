@@ -20,7 +20,8 @@ from mtp_model.layers import STACKS
 from mtp_model.model import MTPModel
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FORMAT = "mtp-kernels-adapter-1"
+FORMAT = "mtp-kernels-adapter-2"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # Our stacked projections, and the checkpoint's names for their parts.
 _PARTS = {
@@ -76,6 +77,8 @@ class _Tensors:
         if name not in self.handles[path].keys():
             raise ValueError(f"{path} lacks the tensor {name} that the index places there")
         tensor = self.handles[path].get_tensor(name)
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"tensor {name} of {self.directory} is {tensor.dtype}; accepted are {', '.join(map(str, DTYPES))}")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"tensor {name} of {self.directory} has shape {tuple(tensor.shape)}; its config says {shape}")
         return tensor
@@ -86,13 +89,19 @@ def load_model(
 ) -> MTPModel:
     """Open a Hugging Face directory of the Llama family.
 
-    dtype: default the checkpoint's own. implementation: "triton", "reference" or None, see `MTPModel.use`.
-    Raises ValueError naming what is missing, of another shape, or not of the family.
+    dtype: default the checkpoint's own. implementation: "triton", "reference" or None, see `MTPModel.use`. End-of-text ids are those of
+    generation_config.json, or without them config.json's, as in transformers' generate.
+    Raises ValueError naming what is missing, of another shape, or not of the family, and for quantised weights.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory")
-    config = ModelConfig.from_hf(_read_json(directory / "config.json"))
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; accepted are {', '.join(map(str, DTYPES))}, or None for the checkpoint's own")
+    values = _read_json(directory / "config.json")
+    if (directory / "generation_config.json").exists():
+        values |= {key: value for key, value in _read_json(directory / "generation_config.json").items() if key == "eos_token_id" and value is not None}
+    config = ModelConfig.from_hf(values)
     tensors = _Tensors(directory)
     d, f, hd = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_attention_heads * hd, config.num_key_value_heads * hd
@@ -115,18 +124,21 @@ def load_model(
         put(model.lm_head, [tensors.get("lm_head.weight", (config.vocab_size, d))])
     final_norm = tensors.get("model.norm.weight", (d,))
     put(model.norm.weight, [final_norm])
+    some = [embed[:256], final_norm]  # and a row of every matrix, so that a fine-tuned base is told from its origin
     for i, layer in enumerate(model.layers):
         prefix = f"model.layers.{i}."
         put(layer.input_norm.weight, [tensors.get(prefix + "input_layernorm.weight", (d,))])
         put(layer.post_norm.weight, [tensors.get(prefix + "post_attention_layernorm.weight", (d,))])
         for name, module in layer.adapted().items():
             sizes = [shapes[part.split(".")[1]] for part in _PARTS[name]]
-            put(module.weight, [tensors.get(f"{prefix}{p}.weight", s) for p, s in zip(_PARTS[name], sizes, strict=True)])
+            parts = [tensors.get(f"{prefix}{p}.weight", s) for p, s in zip(_PARTS[name], sizes, strict=True)]
+            put(module.weight, parts)
+            some += [part[0].clone() for part in parts]
             if module.bias is not None:
                 put(module.bias, [tensors.get(f"{prefix}{p}.bias", s[:1]) for p, s in zip(_PARTS[name], sizes, strict=True)])
     model.frequencies = MTPModel._frequencies(config).to(device)
     digest = hashlib.sha256(repr((config.hidden_size, config.num_hidden_layers, config.vocab_size)).encode())
-    for tensor in (embed[: min(256, config.vocab_size)], final_norm):
+    for tensor in some:
         digest.update(tensor.float().contiguous().numpy().tobytes())
     model.fingerprint = digest.hexdigest()[:16]
     model.use(implementation)
@@ -160,6 +172,7 @@ class Adapter:
 
 
 def describe_base(model: MTPModel) -> dict:
+    """What an adapter is told its base by: sizes, and a digest of some of the weights."""
     config = asdict(model.config)
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     return {key: config[key] for key in keys} | {"fingerprint": model.fingerprint}

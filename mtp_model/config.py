@@ -1,6 +1,7 @@
 """Configurations: the base model's (read from a Hugging Face config.json) and the adapter's."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 from mtp_kernels import rotary_frequencies
@@ -35,6 +36,8 @@ class ModelConfig:
         kind = config.get("model_type")
         if kind != "llama":
             raise ValueError(f"model_type is {kind!r}; accepted is 'llama' (Llama 2, 3.x, Tulu and others of that form)")
+        if config.get("quantization_config"):
+            raise ValueError(f"the weights are quantised ({config['quantization_config']}); accepted are float32, float16 and bfloat16")
         activation = config.get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise ValueError(f"hidden_act is {activation!r}; accepted is 'silu'")
@@ -95,7 +98,7 @@ class MTPConfig:
             raise ValueError(f"num_masks is {self.num_masks}; accepted are 1 to {MAX_MASKS}")
         if not 1 <= self.rank <= 512:
             raise ValueError(f"rank is {self.rank}; accepted are 1 to 512")
-        if self.alpha is not None and not (isinstance(self.alpha, (int, float)) and self.alpha > 0):
+        if self.alpha is not None and not (isinstance(self.alpha, (int, float)) and 0 < self.alpha < math.inf):
             raise ValueError(f"alpha is {self.alpha!r}; accepted is a positive number, or None for the rank")
         if self.alpha is None:
             object.__setattr__(self, "alpha", float(self.rank))
@@ -106,6 +109,7 @@ class MTPConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "MTPConfig":
+        """Read the dict of an adapter_config.json. Raises ValueError for fields or values that are not accepted."""
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"adapter config has unknown fields {sorted(unknown)}; accepted are "

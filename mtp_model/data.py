@@ -117,6 +117,11 @@ def _example(record: dict, tokenizer, end: list[int], vocab_size: int) -> Exampl
     return Example(ids, np.array([a for piece, a in pieces for _ in piece], dtype=bool))
 
 
+def has_anchor(answer: np.ndarray) -> bool:
+    """Whether masks can stand in the sequence: at an answer token, or just before one, with another of them two further on."""
+    return bool(((answer[:-2] | answer[1:-1]) & answer[2:]).any())
+
+
 def _report(text: str) -> None:
     tqdm.write(text, file=sys.stderr)  # does not tear a progress bar
 
@@ -127,7 +132,8 @@ def read_examples(
 ) -> Examples:  # fmt: skip
     """Read JSON lines and .parquet files. A sequence longer than `max_length` tokens is cut into several that are not.
 
-    Pieces without an answer token to predict are dropped. skip_broken: leave out lines that cannot be read, report them on standard
+    Pieces without a place for masks are dropped (see `has_anchor`; an answer of one token has none), and how many is reported on standard
+    error, as is how many answers are cut from their prompt. skip_broken: leave out lines that cannot be read, report them on standard
     error (the first ten and how many) and in `skipped`. store: a directory for the tokens, so that memory does not grow with
     them; a later call with the same sources (names, sizes, times) and settings opens it without reading, any other writes it anew,
     and it counts only once it is whole. One process at a time may write it. progress: a bar over the bytes of the sources.
@@ -143,7 +149,7 @@ def read_examples(
             raise ValueError(f"{path} is not a file")
 
     def fill(sink: _Sink) -> list[str]:
-        skipped = []
+        skipped, dropped, parted = [], 0, 0
         with tqdm(total=sum(p.stat().st_size for p in paths), desc="read", unit="B", unit_scale=True, disable=not progress) as bar:
             for path in paths:
                 for where, row, size in read_rows(path):
@@ -161,12 +167,20 @@ def read_examples(
                         continue
                     for i in range(0, len(example.ids), max_length):
                         piece = Example(example.ids[i : i + max_length], example.answer[i : i + max_length])
-                        if piece.answer[2:].any():
+                        if has_anchor(piece.answer):
                             sink.add(piece)
-        if skipped:
-            _report(f"{len(skipped)} broken lines left out")
+                        else:
+                            dropped += 1
+                    parted += len(example.ids) > max_length and not example.answer[:max_length].any()
+        for count, what in (
+            (len(skipped), "broken lines left out"),
+            (dropped, "pieces left out, with no answer of two tokens or more"),
+            (parted, f"prompts fill the {max_length} tokens of a sequence (max_length): their answers are trained on without them"),
+        ):
+            if count:
+                _report(f"{count} {what}")
         if len(sink.offsets) == 1:
-            raise ValueError(f"no sequence with an answer to predict in {', '.join(map(str, paths))}")
+            raise ValueError(f"no sequence with an answer of two tokens or more in {', '.join(map(str, paths))}")
         return skipped
 
     if store is None:

@@ -1,7 +1,10 @@
 """A decoder layer of the Llama family on the rows of a pass."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from mtp_kernels.nn import GatedLoRALinear, RMSNorm
@@ -13,10 +16,33 @@ from mtp_model.layout import Rows
 STACKS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",), "gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
+def remade(function: Callable[[Tensor], Tensor], x: Tensor, product: Callable[..., Tensor], *arguments) -> Tensor:
+    """product(function(x), *arguments), keeping no function(x) for the backward pass: it is computed again there, from x."""
+    y, x = function(x), x.detach()
+    address = y.data_ptr(), y.numel()
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        return saved.shape if (saved.data_ptr(), saved.numel()) == address and saved.is_contiguous() else saved
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            return function(x).view(kept)
+
+    with saved_tensors_hooks(pack, unpack):
+        return product(y, *arguments)
+
+
+def _straight(function: Callable[[Tensor], Tensor], x: Tensor, product: Callable[..., Tensor], *arguments) -> Tensor:
+    return product(function(x), *arguments)
+
+
 class DecoderLayer(nn.Module):
     """norm -> q/k/v -> rotary -> attention -> o -> norm -> gate/up -> SwiGLU -> down, adapters on the mask rows.
 
-    recompute: keep only the layer's input for the backward pass, and run the layer again there (activation checkpointing).
+    For a backward pass the layer keeps the inputs of norms and SwiGLU, and computes these again from them, for they are cheap.
+    recompute: keep only the layer's input, and run the layer again there (activation checkpointing).
     """
 
     recompute = False
@@ -49,7 +75,9 @@ class DecoderLayer(nn.Module):
         t, b, _ = map(int, x.shape)  # x: (T, B, d)
         gate, heads = rows.gate, self.heads
         rotated = heads + self.kv_heads
-        qkv = self.qkv_proj(self.input_norm(x), gate).view(t, b, rotated + self.kv_heads, self.head_dim)
+        trained = torch.is_grad_enabled()
+        through = remade if trained and not self.recompute else _straight
+        qkv = through(self.input_norm, x, self.qkv_proj, gate).view(t, b, rotated + self.kv_heads, self.head_dim)
         if isinstance(rows.start, Tensor):  # the columns to write are known to the device alone
             q = self.operations.rotary_write(qkv, *rotary, *cache.storage(self.index), rows.start)
             keys, values = cache.keys[self.index], cache.values[self.index]
@@ -60,6 +88,8 @@ class DecoderLayer(nn.Module):
             keys, values = cache.update(self.index, k, v, rows.start, keep=rows.num_ntp > 0)
         # Masks alone see NTP keys of a pass before theirs, which is a constant.
         attended = self.operations.attention(q, keys, values, rows.rule, ntp_key_gradients=rows.num_ntp > 0).flatten(2)  # (T, B, H * D)
-        x = self.o_proj(attended, gate, residual=x)
-        hidden = self.gate_up_proj(self.post_norm(x), gate, swiglu=True)
-        return self.down_proj(hidden, gate, residual=x)
+        x = self.o_proj(attended, gate, x)
+        if trained:  # SwiGLU's input has to be kept
+            wide = through(self.post_norm, x, self.gate_up_proj, gate)
+            return through(self.operations.swiglu, wide, self.down_proj, gate, x)
+        return self.down_proj(self.gate_up_proj(self.post_norm(x), gate, swiglu=True), gate, x)

@@ -276,7 +276,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
-        raise ValueError("python -m mtp_model plot needs matplotlib: pip install 'mtp-kernels[plot]'") from None
+        raise ValueError("python -m mtp_model plot needs matplotlib: pip install matplotlib") from None
     if args.smooth < 1:
         raise ValueError(f"smooth is {args.smooth}; accepted is 1 or more")
     first = args.logs[0]

@@ -119,7 +119,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, bytes | dict, float]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise ValueError(f"{path} is read with pyarrow, which is not installed; pip install mtp-kernels[parquet]") from None
+        raise ValueError(f"{path} is read with pyarrow, which is not installed; pip install pyarrow") from None
     number = 0
     try:
         # With both settings a row group is read in small parts; a file may be a single one.
@@ -146,6 +146,7 @@ def present(row: dict) -> dict:
 
 
 def parse(row: bytes | dict) -> dict:
+    """A line, or a row, as a record. Raises ValueError for what is no JSON object."""
     record = json.loads(row.decode()) if isinstance(row, bytes) else row
     if not isinstance(record, dict):
         raise ValueError(f"found a {type(record).__name__}; accepted are {FORMS}")

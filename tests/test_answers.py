@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from mtp_model import generate
+from mtp_model import generate, load_model
 from mtp_model.answers import AnswerOptions, write_answers
 from mtp_model.data import read_examples
 from mtp_model.records import read_prompts
@@ -30,7 +30,9 @@ def test_answers_are_greedy_text(shared, tmp_path, options):
     counts = list(write_answers(shared.model, PROMPTS, tmp_path / "new" / "answers.jsonl", options))
     assert counts[0] == 0 and counts[-1] == 5
     expected = generate(shared.model, PROMPTS, mode="autoregressive", max_new_tokens=9).tokens
-    assert written(tmp_path / "new" / "answers.jsonl") == [{"prompt_ids": p, "response_ids": t} for p, t in zip(PROMPTS, expected, strict=True)]
+    assert written(tmp_path / "new" / "answers.jsonl") == [
+        {"prompt_ids": p, "response_ids": t, "by": [shared.model.fingerprint, 9]} for p, t in zip(PROMPTS, expected, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 40, 75, 100000])
@@ -46,11 +48,25 @@ def test_interrupted_anywhere(shared, tmp_path, cut):
 
 def test_a_file_of_other_prompts_is_refused(shared, tmp_path):
     path = tmp_path / "answers"
-    for text in ('{"prompt_ids": [9], "response_ids": [1]}\n', "{}\n", "no json\n"):
+    for text in ('{"prompt_ids": [9], "response_ids": [1]}\n', "{}\n", "no json\n", "a single line without its end", '{"prompt_ids": [9'):
         path.write_text(text)
-        with pytest.raises(ValueError, match="line 1 is not the answer to prompt 1"):
+        with pytest.raises(ValueError, match="line 1 is not this model's answer to prompt 1"):
             list(write_answers(shared.model, PROMPTS, path, AnswerOptions()))
         assert path.read_text() == text
+
+
+def test_a_file_of_other_settings_is_refused(shared, make_hf_dir, tmp_path):
+    path = tmp_path / "answers"
+    list(write_answers(shared.model, PROMPTS[:2], path, AnswerOptions(max_new_tokens=3)))
+    before = path.read_bytes()
+    for model, longest in ((shared.model, 4), (load_model(make_hf_dir(seed=9)), 3)):
+        with pytest.raises(ValueError, match="line 1 is not this model's answer to prompt 1 with [34] new tokens at most"):
+            list(write_answers(model, PROMPTS, path, AnswerOptions(max_new_tokens=longest)))
+        assert path.read_bytes() == before
+    assert list(write_answers(shared.model, PROMPTS, path, AnswerOptions(max_new_tokens=3)))[-1] == len(PROMPTS)
+
+
+def test_options_out_of_range():
     with pytest.raises(ValueError, match="batch is 0"):
         AnswerOptions(0)
     with pytest.raises(ValueError, match="mode is 'fast'"):

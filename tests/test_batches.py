@@ -4,10 +4,11 @@ import time
 
 import numpy as np
 import pytest
+from conftest import batch_indices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtp_model.batches import Batches, batch_indices, pack
+from mtp_model.batches import Batches, pack
 
 
 @settings(max_examples=80, deadline=None)

@@ -12,7 +12,7 @@ from conftest import randomise_adapter, save_hf
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from bench.decode import acceptance, load_tokenizer, read_prompts
+from bench.decode import acceptance, load_tokenizer
 from bench.studies import __main__ as studies
 from bench.studies import common, domains, gating, options, probe
 from mtp_model import MTPConfig, generate, load_adapter, load_model, save_adapter
@@ -20,6 +20,7 @@ from mtp_model.cache import KVCache
 from mtp_model.demo import BASE
 from mtp_model.demo.corpus import is_held_out
 from mtp_model.layout import prefill_layout
+from mtp_model.records import read_prompts
 
 K = 2
 TEXTS = ["import os\nfrom typing import Any\n", "def main(argv):\n    for i in range(3):\n", "class Empty:\n    pass\n"]
@@ -42,6 +43,10 @@ def toy(tmp_path_factory):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (root / "heldout.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
     return root
+
+
+def first_prompts(toy):
+    return read_prompts([toy / "heldout.jsonl"], load_tokenizer(BASE), vocab_size=1024, limit=3)
 
 
 def flags(toy, out, training=True, held_out=True, seconds=False):
@@ -71,7 +76,7 @@ def tensor_sizes(path):
 
 def test_probe_ranks_stand_where_sorting_puts_them(toy, tmp_path):
     values = study("probe", *flags(toy, tmp_path, training=False), "--adapter", toy / "with-lcm")
-    model, prompts = load_model(toy / "model"), read_prompts(toy / "heldout.jsonl", load_tokenizer(BASE), 3)
+    model, prompts = load_model(toy / "model"), first_prompts(toy)
     counts = np.bincount(sum(prompts, []), minlength=1024)
     texts = [p + generate(model, [p], mode="autoregressive", max_new_tokens=8).tokens[0] for p in prompts]
     expected = {}
@@ -147,7 +152,7 @@ def test_gating_holds_the_gated_model_still(toy, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     hf = AutoModelForCausalLM.from_pretrained(toy / "model")
-    prompts = [torch.tensor([p]) for p in read_prompts(toy / "heldout.jsonl", load_tokenizer(BASE), 3)]
+    prompts = [torch.tensor([p]) for p in first_prompts(toy)]
     with torch.no_grad():
         total = sum(float(hf(p, labels=p).loss) * (p.shape[1] - 1) for p in prompts)
         right = sum(int((hf(p).logits[0, :-1].argmax(-1) == p[0, 1:]).sum()) for p in prompts)
@@ -173,7 +178,7 @@ def test_ladder_goes_up_the_papers_rungs(toy, tmp_path, monkeypatch):
     arguments = flags(toy, tmp_path, training=False)
     values = study("ladder", *arguments, "--pair", toy / "with-lcm", toy / "without-lcm")
     ways = [("without-lcm", "linear", False), ("without-lcm", "quadratic", False), ("without-lcm", "quadratic", True), ("with-lcm", "quadratic", True)]
-    prompts, before = read_prompts(toy / "heldout.jsonl", load_tokenizer(BASE), 3), None
+    prompts, before = first_prompts(toy), None
     for row, (adapter, mode, sampler) in zip(values["rows"], ways, strict=True):
         model = load_adapter(toy / adapter).apply(load_model(toy / "model"))
         alone = marked(model, prompts, 8, mode, K, sampler)  # prompt by prompt

@@ -80,12 +80,17 @@ def adapter_dir(toy_adapter_model, tmp_path):
     "config, word",
     [
         (dict(seed=8), "fingerprint"),
+        (dict(tuned="model.layers.1.mlp.up_proj.weight"), "fingerprint"),
         (dict(intermediate_size=40), "intermediate_size"),
         (dict(num_hidden_layers=1), "num_hidden_layers"),
     ],
 )
 def test_wrong_base(adapter_dir, make_hf_dir, config, word):
-    other = load_model(make_hf_dir("other", **config))
+    tuned = config.pop("tuned", None)
+    directory = make_hf_dir("other", **config)
+    if tuned:  # fine-tuned, with embeddings and norms as they were
+        edit_tensors(directory / "model.safetensors", lambda tensors: tensors[tuned].mul_(1.01))
+    other = load_model(directory)
     with pytest.raises(ValueError, match=f"another base model: .*{word}"):
         load_adapter(adapter_dir).apply(other)
     assert other.mtp is None
@@ -159,6 +164,9 @@ def test_not_a_directory(tmp_path, load):
         load(tmp_path / "nowhere")
 
 
+F8 = "model.layers.0.mlp.down_proj.weight"
+
+
 @pytest.mark.parametrize(
     "damage, word",
     [
@@ -175,6 +183,8 @@ def test_not_a_directory(tmp_path, load):
         (lambda d: edit_json(d / "config.json", num_hidden_layers=3), "lacks the tensor model.layers.2"),
         (lambda d: edit_json(d / "config.json", attention_bias=True), "lacks the tensor .*q_proj.bias"),
         (lambda d: edit_tensors(d / "model.safetensors", lambda t: t.pop("lm_head.weight")), "lacks .*lm_head"),
+        (lambda d: edit_json(d / "config.json", quantization_config={"quant_method": "fp8"}), "quantised .*fp8"),
+        (lambda d: edit_tensors(d / "model.safetensors", lambda t: t.update({F8: t[F8].to(torch.float8_e4m3fn)})), "is torch.float8_e4m3fn; accepted"),
         (lambda d: (d / "config.json").unlink(), "has no config.json"),
         (lambda d: (d / "config.json").write_text("nonsense"), "is not JSON"),
         (lambda d: (d / "model.safetensors").write_bytes(b"\0" * 64), "cannot be read as safetensors"),

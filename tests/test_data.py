@@ -1,5 +1,6 @@
 """Training data: which tokens are answers, how sequences are cut, what is refused, and where the tokens are kept."""
 
+import itertools
 import json
 import mmap
 import os
@@ -15,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mtp_model import data
 from mtp_model import records as files
-from mtp_model.data import Example, Examples, collate, read_examples
+from mtp_model.data import Example, Examples, collate, has_anchor, read_examples
+from mtp_model.loss import choose_anchors
 from mtp_model.records import encode_prompt, present, records
 
 WORDS = ["<unk>", "<s>", "</s>", "<user>", "<bot>", "a", "b", "c", "d", "e"]
@@ -143,6 +145,25 @@ def test_chat_templates_that_cannot_serve(read):
         read(chat, tokenizer=make_tokenizer(REWRITING))
     with pytest.raises(ValueError, match="data.jsonl, line 1: .*roles must alternate"):
         read(chat, tokenizer=make_tokenizer(REFUSING))
+
+
+def test_places_for_masks_are_those_of_the_loss(read, capsys):
+    """What is kept has an anchor, what is dropped has none, for every pattern of answers; and how many were dropped is said."""
+    for pattern in itertools.product([False, True], repeat=7):
+        batch = collate([Example(np.ones(7, np.int32), np.array(pattern))])
+        if has_anchor(batch.answer[:, 0].numpy()):
+            assert choose_anchors(batch)[1].any()
+        else:
+            with pytest.raises(ValueError, match="no position to put masks after"):
+                choose_anchors(batch)
+    one_token, two_tokens = {"prompt_ids": [5, 6, 7], "response_ids": [2]}, {"prompt_ids": [5, 6, 7], "response_ids": [3, 2]}
+    assert [len(e.ids) for e in read(one_token, two_tokens, one_token)] == [5]
+    assert "2 pieces left out, with no answer of two tokens or more" in capsys.readouterr().err
+
+
+def test_a_prompt_that_fills_a_sequence_is_reported(read, capsys):
+    assert len(read({"prompt_ids": [5] * 20, "response_ids": [3] * 6}, GOOD, max_length=16)) == 2
+    assert "1 prompts fill the 16 tokens of a sequence" in capsys.readouterr().err
 
 
 def test_nothing_to_read(read, tmp_path, tokenizer):
@@ -404,7 +425,7 @@ def test_memory_does_not_grow_with_a_store(tmp_path):
 def test_parquet_without_pyarrow(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"x.parquet is read with pyarrow.* pip install mtp-kernels\[parquet\]"):
+    with pytest.raises(ValueError, match=r"x.parquet is read with pyarrow.* pip install pyarrow"):
         read_examples([tmp_path / "x.parquet"], tokenizer, max_length=9, vocab_size=10)
 
 

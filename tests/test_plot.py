@@ -253,5 +253,5 @@ def test_without_matplotlib(whole, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError) as error:
         plot.run(arguments(whole))
-    assert str(error.value) == "python -m mtp_model plot needs matplotlib: pip install 'mtp-kernels[plot]'"
+    assert str(error.value) == "python -m mtp_model plot needs matplotlib: pip install matplotlib"
     assert not (whole / "curves.png").exists()

@@ -16,13 +16,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import save_hf
+from conftest import batch_indices, save_hf
 from resumed_training import go_on
 from safetensors.torch import load_file
 
 from mtp_model import MTPConfig, TrainConfig, Trainer, generate, load_adapter, load_model
 from mtp_model.__main__ import main
-from mtp_model.batches import batch_indices
 from mtp_model.cache import KVCache
 from mtp_model.data import Example, collate
 from mtp_model.layout import prefill_layout
@@ -309,6 +308,7 @@ def test_learning_rate():
     config = TrainConfig(steps=100, lr=1.0, warmup=10, decay=0.2)
     assert [config.lr_at(step) for step in (0, 4, 9, 10, 50, 80)] == pytest.approx([0.1, 0.5, 1, 1, 1, 1])
     assert [config.lr_at(step) for step in (85, 90, 99)] == pytest.approx([0.75, 0.5, 0.05])
+    assert TrainConfig().warmup == 5000 and TrainConfig(steps=1000).warmup == 100  # the paper's share
     flat = TrainConfig(steps=5, lr=3.0, warmup=0)
     assert [flat.lr_at(step) for step in range(5)] == [3.0] * 5
 
@@ -327,7 +327,7 @@ def test_learning_rate_is_used(model, tmp_path):
     [("steps", 0), ("batch_size", 0), ("accumulate", 0), ("save_every", 0), ("log_every", 0),
      ("anchors_per_sequence", 0), ("lr", 0.0), ("lr", float("nan")), ("clip", 0.0), ("mask_decay", 0.0),
      ("mask_decay", 1.5), ("warmup", -1), ("soft_targets", 1.1), ("drop_masks", -0.1), ("pack_length", 2),
-     ("decay", -0.1), ("decay", 1.1), ("weight_decay", -1.0), ("lcm_weight", -1.0)],
+     ("steps", 1.5), ("seed", 1.0), ("anchors_per_sequence", 2.0), ("decay", -0.1), ("decay", 1.1), ("weight_decay", -1.0), ("lcm_weight", -1.0)],
 )  # fmt: skip
 def test_settings_are_checked(name, value):
     with pytest.raises(ValueError, match=name):
@@ -436,9 +436,57 @@ def test_train_help_names_every_setting():
     assert {"--" + f.name.replace("_", "-") for f in dataclasses.fields(TrainConfig)} <= flags
 
 
+def test_out_is_no_place_for_a_run(model, tmp_path):
+    """Refused before any work, and nothing is changed: a run without --resume, an adapter without its checkpoint with it, a file."""
+    run = tmp_path / "run"
+    assert Trainer(model, examples(), MTP, settings(), run).run()
+    (run / "checkpoint.safetensors").unlink()
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    for resume, word in ((False, "holds a run already"), (True, "no checkpoint.safetensors to go on from")):
+        with pytest.raises(ValueError, match=word):
+            Trainer(model, examples(), MTP, settings(), run, resume=resume)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    with pytest.raises(ValueError, match="cannot be made or written to"):
+        Trainer(model, examples(), MTP, settings(), run / "log.jsonl" / "deeper")
+    (run / "checkpoint.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="no checkpoint that can be read"):
+        Trainer(model, examples(), MTP, settings(), run, resume=True)
+
+
+def test_another_dtype_is_another_run(model, tmp_path):
+    assert Trainer(model, examples(), MTP, settings(steps=2), tmp_path).run()
+    with pytest.raises(ValueError, match="dtype: 'float32', now 'bfloat16'"):
+        Trainer(load_model(model.directory, dtype=torch.bfloat16), examples(), MTP, settings(steps=2), tmp_path, resume=True)
+
+
+def test_examples_without_a_place_for_masks(model, tmp_path):
+    short = Example(np.arange(5).astype(np.int32), np.arange(5) >= 4)
+    with pytest.raises(ValueError, match=r"examples \[7\] have no place for masks"):
+        Trainer(model, [*examples(), short], MTP, settings(), tmp_path)
+
+
+def test_the_log_is_json(model, tmp_path):
+    """Also where a mask had no label and the run no sampler: JSON has no nan."""
+    short = [Example(np.arange(4).astype(np.int32), np.arange(4) >= 2)]
+    assert Trainer(model, short, dataclasses.replace(MTP, sampler=False), settings(steps=1, batch_size=1), tmp_path).run()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    (record,) = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert record["sampler"] is None and record["right_base"][1] is None
+
+
 @pytest.mark.parametrize("command", ["train", "generate"])
 def test_errors_end_with_status_two(command, tmp_path, capsys):
     rest = ["--data", str(tmp_path / "d"), "--out", str(tmp_path / "o")] if command == "train" else ["hello"]
     assert main([command, "--model", str(tmp_path / "nothing"), *rest]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert not (tmp_path / "o").exists()
+
+
+def test_a_device_that_is_not_there(capsys):
+    for device, word in (("foo", "is no device"), *(() if torch.cuda.is_available() else (("cuda", "finds no GPU"),))):
+        with pytest.raises(SystemExit):
+            main(["generate", "--device", device, "hello"])
+        assert word in capsys.readouterr().err

@@ -15,9 +15,9 @@ text that `python -m mtp_model.demo.answers` writes. Ctrl-C stops, and the same 
 import argparse
 import sys
 
-from bench.report import environment, write_json
+from bench.report import environment, shown, write_json
 from bench.studies import domains, gating, ladder, options, probe, rank
-from bench.studies.common import BUDGET, Result, Study, add_arguments, check, results_directory, shown
+from bench.studies.common import BUDGET, Result, Study, add_arguments, check, results_directory
 from mtp_model.arguments import default_dtype
 
 STUDIES = {"probe": probe, "gating": gating, "ladder": ladder, "rank": rank, "domains": domains, "options": options}

@@ -21,12 +21,14 @@ from tempfile import TemporaryDirectory
 import torch
 from tqdm import tqdm
 
-from bench.decode import acceptance, read_prompts
+from bench.decode import acceptance
+from bench.report import shown
 from mtp_model import MTPConfig, TrainConfig, load_adapter
 from mtp_model.arguments import add_model_arguments, load_asked_model, load_tokenizer
 from mtp_model.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from mtp_model.data import Examples, read_examples
-from mtp_model.demo import ABLATION, ADAPTER, BASE, HELD_OUT
+from mtp_model.demo import ABLATION, ADAPTER, HELD_OUT
+from mtp_model.records import read_prompts
 from mtp_model.train import LOG, Evaluation, Trainer
 
 FLAGS = {
@@ -87,13 +89,6 @@ def digest(values) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def shown(value):
-    """A setting as it is written down: what ships with the package is named relative to it, other files by their name alone."""
-    if isinstance(value, Path):
-        return value.relative_to(BASE.parents[2]).as_posix() if value.is_relative_to(BASE.parents[2]) else value.name
-    return [shown(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
 def results_directory(device: torch.device, name: str) -> Path:
     """Where results of that kind of device belong in a checkout."""
     place = "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", name.lower()).strip("-")
@@ -126,7 +121,7 @@ class Study:
 
     @cached_property
     def prompts(self) -> list[list[int]]:
-        return read_prompts(self.args.held_out, self.tokenizer, self.args.prompts)
+        return read_prompts([self.args.held_out], self.tokenizer, vocab_size=self.model.config.vocab_size, limit=self.args.prompts)
 
     def use(self, adapter: Path):
         """The model with the adapter of that directory."""

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from mtp_model.answers import AnswerOptions, write_answers
 from mtp_model.checkpoint import load_model
-from mtp_model.decode import generate
 from mtp_model.demo.base import encode
 from mtp_model.demo.corpus import read_corpus
 
@@ -69,24 +69,16 @@ def main(argv=None):
             file.write(json.dumps({"prompt_ids": data[start : start + 32].tolist(), "response_ids": data[start + 32 : start + 256].tolist()}) + "\n")
 
     model = load_model(args.model, dtype=torch.float32)
-    path = args.out / "answers.jsonl"
-    before = path.read_text().splitlines(keepends=True) if path.exists() else []
-    done = len(before) // args.batch  # whole batches of an interrupted run
-    path.write_text("".join(before[: done * args.batch]))
-    with open(path, "a", encoding="utf-8") as file:
-        for number in tqdm(range(done, -(-args.count // args.batch)), initial=done, desc="answers"):
-            generator = np.random.default_rng([args.seed, number])
-            length = int(generator.integers(24, 161))  # one length per batch keeps its cache aligned
-            starts = generator.integers(0, len(data) - length, size=args.batch)
-            prompts = [data[s : s + length].tolist() for s in starts]
-            result = generate(model, prompts, mode="autoregressive", max_new_tokens=args.new_tokens, eos=())
-            lines = []
-            for prompt, answer in zip(prompts, result.tokens, strict=True):
-                for end in model.config.eos_token_ids:
-                    answer = answer[: answer.index(end) + 1] if end in answer else answer
-                lines.append(json.dumps({"prompt_ids": prompt, "response_ids": answer}) + "\n")
-            file.writelines(lines)
-            file.flush()
+    prompts = []
+    for number in range(-(-args.count // args.batch)):
+        generator = np.random.default_rng([args.seed, number])
+        length = int(generator.integers(24, 161))  # one length per batch keeps its cache aligned
+        starts = generator.integers(0, len(data) - length, size=args.batch)
+        prompts += [data[s : s + length].tolist() for s in starts]
+    options = AnswerOptions(args.batch, max_new_tokens=args.new_tokens)
+    with tqdm(total=len(prompts), desc="answers", unit="prompt") as bar:
+        for count in write_answers(model, prompts, args.out / "answers.jsonl", options):
+            bar.update(count - bar.n)
 
 
 if __name__ == "__main__":

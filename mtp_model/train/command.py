@@ -10,7 +10,7 @@ from mtp_model.data import Examples, read_examples
 from mtp_model.records import read_prompts
 from mtp_model.train.config import TrainConfig
 from mtp_model.train.parallel import World
-from mtp_model.train.trainer import Trainer
+from mtp_model.train.trainer import Trainer, check_out
 from mtp_model.train.watch import Evaluation
 
 DESCRIPTION = """Train an adapter (masks, gated LoRA, sampler) for a frozen model of the Llama family.
@@ -31,7 +31,7 @@ HELPS = {
     "batch_size": "sequences per pass, of all processes together",
     "accumulate": "passes per step",
     "lr": "AdamW's learning rate, after warm-up",
-    "warmup": "steps to reach it",
+    "warmup": "steps to reach it (default: a tenth of the steps)",
     "decay": "share of the steps, at the end, over which it falls to zero",
     "weight_decay": "AdamW's",
     "clip": "bound of the gradient norm",
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="JSON lines (or .parquet) files")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="directory to write")
-    parser.add_argument("--resume", action="store_true", help="continue the run in OUT; its settings must be the same")
+    parser.add_argument("--resume", action="store_true", help="continue the run in OUT, if it holds one; its settings must be the same")
     parser.add_argument("--max-length", type=int, default=1024, help="longer sequences are cut into several (default 1024)")
     parser.add_argument("--store", type=Path, metavar="DIR", help="keep the tokens in this directory instead of in memory")
     parser.add_argument("--skip-broken", action="store_true", help="leave out lines that cannot be read, and report them")
@@ -93,7 +93,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, config: TrainConfig, mtp: MTPConfig, world: World) -> int:
-    shard = args.device if args.shard and world.size > 1 else None
+    if args.shard and world.size == 1:
+        raise ValueError("--shard is of several processes; start them with torchrun --nproc-per-node N -m mtp_model.train")
+    if world.rank == 0:
+        check_out(args.out, args.resume)
+    shard = args.device if args.shard else None
     model = load_asked_model(args, "cpu" if shard else None)  # a model that is to be sharded may not fit one device
     tokenizer = load_tokenizer(args.model)
     dtype = str(model.dtype).split(".")[1]
@@ -105,16 +109,18 @@ def _run(args: argparse.Namespace, config: TrainConfig, mtp: MTPConfig, world: W
             skip_broken=args.skip_broken, store=args.store, progress=world.rank == 0,
         )  # fmt: skip
 
-    examples = world.one_by_one(read) if args.store else read()
     evaluation = None
     if args.eval_data:
         prompts = read_prompts(args.eval_data, tokenizer, vocab_size=model.config.vocab_size, limit=args.eval_prompts)
         evaluation = Evaluation(tuple(map(tuple, prompts)), args.eval_every, max_new_tokens=args.eval_new_tokens)
+    if args.max_length > model.config.max_position_embeddings:
+        raise ValueError(f"max_length is {args.max_length}; accepted is up to the {model.config.max_position_embeddings} that the model was made for")
+    examples = world.one_by_one(read) if args.store else read()
     notes = {"data": [path.name for path in args.data], "max_length": args.max_length, "dtype": dtype}
     trainer = Trainer(model, examples, mtp, config, args.out, resume=args.resume, notes=notes, evaluation=evaluation, world=world, shard=shard)
     if world.rank == 0:
         where = args.device if world.size == 1 else f"{world.size} processes{' (sharded)' if shard else ''}"
-        print(f"{len(examples)} sequences, {examples.answers} answer tokens; "
+        print(f"{len(examples)} sequences, {examples.answers} answer tokens, {100 * trainer.batches.efficiency:.0f} % of a batch tokens, the rest padding; "
               f"{sum(p.numel() for p in trainer.parameters.values()) / 1e6:.2f} M parameters to train on {where} in {dtype}")  # fmt: skip
     finished = trainer.run()
     if world.rank == 0:

@@ -16,13 +16,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mtp_model.batches import Batches
-from mtp_model.checkpoint import save_adapter
+from mtp_model.checkpoint import ADAPTER_CONFIG, save_adapter
 from mtp_model.config import MTPConfig
-from mtp_model.data import Batch, Example, Examples, collate
+from mtp_model.data import Batch, Example, Examples, collate, has_anchor
 from mtp_model.loss import choose_anchors, mtp_loss, report
 from mtp_model.model import MTPModel
 from mtp_model.train.config import TrainConfig
@@ -37,12 +37,24 @@ class TrainingFailed(RuntimeError):
     """The run cannot go on; its last checkpoint is whole."""
 
 
+def check_out(out: Path, resume: bool) -> None:
+    """Raises ValueError unless `out` is a place for a new run, or holds one to go on with."""
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"{out} cannot be made or written to ({place}); accepted is a directory, or the name of a new one")
+    checkpoint, adapter, log = (out / name for name in (CHECKPOINT, ADAPTER_CONFIG, LOG))
+    if not resume and (checkpoint.exists() or adapter.exists() or log.exists() and log.stat().st_size):
+        raise ValueError(f"{out} holds a run already; resume it, or choose another directory")
+    if resume and adapter.exists() and not checkpoint.exists():
+        raise ValueError(f"{out} holds an adapter and no {CHECKPOINT} to go on from; choose another directory")
+
+
 class Trainer:
     """A training run in the directory `out`: adapter, checkpoint and log. `run()` trains to the end or to an interruption.
 
     model: with or without an adapter; a fresh one of `mtp` is put on. resume: continue the run that `out` holds. evaluation:
     held-out decoding on the way. world: the processes that share the work, `shard` leaves each a part of the model, on `device`.
-    Raises ValueError if `out` holds a run and `resume` is False, or one with other settings.
+    Raises ValueError if `out` holds a run and `resume` is False, or one with other settings, and for an example without a place for masks.
     """
 
     def __init__(
@@ -59,9 +71,16 @@ class Trainer:
         world: World | None = None,
         shard: str | None = None,
     ):
-        self.model, self.config, self.out = model, config, Path(out)
-        self.examples = examples if isinstance(examples, Examples) else Examples.of(examples)
-        self.notes, self.evaluation, self.world = notes or {}, evaluation, world or World()
+        self.model, self.config, self.out, self.world = model, config, Path(out), world or World()
+        if self.world.rank == 0:
+            check_out(self.out, resume)
+        if not isinstance(examples, Examples):
+            placeless = [i for i, example in enumerate(examples) if not has_anchor(example.answer)]
+            if placeless:
+                raise ValueError(f"examples {placeless[:8]} have no place for masks; accepted are answers of two tokens or more")
+            examples = Examples.of(examples)
+        self.examples = examples
+        self.notes, self.evaluation = notes or {}, evaluation
         self.part = self.world.part(config.batch_size)
         self.batches = Batches(
             self.examples.lengths, config.batch_size, config.seed, pack_length=config.pack_length, buckets=config.buckets
@@ -70,11 +89,9 @@ class Trainer:
         free = {"save_every", "log_every", "recompute"}
         self.identity = {k: v for k, v in asdict(config).items() if k not in free} | {
             "mtp": asdict(mtp) | {"target_modules": list(mtp.target_modules)}, "base": model.fingerprint,
-            "examples": len(self.examples), "data": self.examples.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."), "examples": len(self.examples), "data": self.examples.fingerprint,
         }  # fmt: skip
         checkpoint = self.out / CHECKPOINT
-        if checkpoint.exists() and not resume:
-            raise ValueError(f"{self.out} holds a run already; resume it, or choose another directory")
         state = self._read_state(checkpoint) if checkpoint.exists() else {"step": 0, "seconds": 0.0, "mask_rows": 0}
         self.step, self.seconds, self.mask_rows = state["step"], state["seconds"], state["mask_rows"]
 
@@ -97,9 +114,12 @@ class Trainer:
             trim_log(self.out / LOG, self.step)
 
     def _read_state(self, path: Path) -> dict:
-        with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-        before = state["identity"]
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = json.loads(file.metadata()["state"])
+            before = state["identity"]
+        except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is no checkpoint that can be read: {error}") from None
         changed = [f"{k}: {before.get(k)!r}, now {v!r}" for k, v in self.identity.items() if before.get(k) != v]
         if changed:
             raise ValueError(f"{path} is of a run with other settings ({'; '.join(changed)}); accepted are the same ones")
@@ -186,7 +206,7 @@ class Trainer:
             record[name] = [round(mean(column), 4) for column in zip(*(getattr(r, name) for r in reports), strict=True)]
         return record | {
             "lr": config.lr_at(self.step - 1), "grad_norm": norm, "mask_rows": self.mask_rows, "seconds": round(self.seconds, 2),
-            "tokens_per_second": round(tokens / seconds, 1), "memory_mib": round(peak_memory_mib(self.model.device)),
+            "tokens_per_second": round(tokens / seconds, 1), "memory_mib": round(peak_memory_mib(self.model.device), 1),
         }  # fmt: skip
 
     def run(self) -> bool:

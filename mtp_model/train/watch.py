@@ -2,8 +2,8 @@
 
 import importlib.util
 import json
+import math
 import os
-import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,11 @@ from tqdm import tqdm
 from mtp_model.decode import generate
 from mtp_model.model import MTPModel
 from mtp_model.train.parallel import World
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 LOG = "log.jsonl"
 
@@ -65,9 +70,11 @@ class Evaluation:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """The most memory this process has held: allocated on a GPU, resident on a CPU. In MiB."""
+    """The most memory this process has held: allocated on a GPU, resident on a CPU; nan where the system does not say. In MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -78,6 +85,15 @@ def trim_log(path: Path, step: int) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         os.replace(temporary, path)
+
+
+def _known(value):
+    """A record for JSON, which has no nan: null in its place."""
+    if isinstance(value, dict):
+        return {name: _known(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_known(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Watch:
@@ -123,7 +139,7 @@ class Watch:
     def _write(self, record: dict) -> None:
         if self.silent:
             return
-        self.log.write(json.dumps(record) + "\n")
+        self.log.write(json.dumps(_known(record)) + "\n")
         if self.board is not None:
             for name, value in (record | record.get("evaluation", {})).items():
                 for i, number in enumerate(value if isinstance(value, list) else [value], 1):
