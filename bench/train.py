@@ -36,14 +36,14 @@ LONGEST = 2**20
 
 
 def cases(args) -> list[Case]:
-    """What was asked for. Of the demo by default its recipe's batch, the same with a third of the masks, and two sequences with masks
-    after every position, the paper's recipe. Of a Llama shape a short sequence, which the plain way has room for on a GPU of 80 GB,
+    """What was asked for. Of the demo by default its recipe's batch, twice the sequences with a third of the masks each, and two sequences
+    with masks after every position, the paper's recipe. Of a Llama shape a short sequence, which the plain way has room for on a GPU of 80 GB,
     and a long one."""
     chosen = []
     for shape in args.shape or ([DEMO] if args.device == "cpu" else list(CONFIGS)):
         demo = shape == DEMO
         if demo and args.batch_size is args.length is args.anchors is None:
-            chosen += [Case(shape, size, 192, anchors, args.masks, args.rank or 32) for size, anchors in ((16, 24), (16, 8), (2, None))]
+            chosen += [Case(shape, size, 192, anchors, args.masks, args.rank or 32) for size, anchors in ((16, 24), (32, 8), (2, None))]
             continue
         anchors = args.anchors if args.anchors is not None else 24 if demo else 0
         for length in [args.length] if args.length else [192] if demo else [512, 2048]:

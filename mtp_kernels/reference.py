@@ -298,8 +298,8 @@ def _row_losses(
     ignored = labels == ignore_index
     label = labels.masked_fill(ignored, 0).unsqueeze(1)
     logits = F.linear(hidden, lm_head).to(wide)
-    guess = logits.argmax(-1, keepdim=True)
-    logits -= logits.gather(1, guess)
+    largest, guess = logits.max(-1, keepdim=True)  # the first of equal ones, as argmax, and faster on a CPU
+    logits -= largest
     p = logits.softmax(-1)
     loss = -p.gather(1, guess).log().squeeze(1)  # log sum exp: the largest probability is 1 / V or more, so its logarithm is safe
     if soft < 1:
@@ -313,7 +313,7 @@ def _row_losses(
     if soft:
         p.sub_(q, alpha=soft)
     p.scatter_add_(1, label, p.new_full((1, 1), soft - 1).expand_as(label))
-    return loss, guess, p.masked_fill_(ignored.unsqueeze(1), 0).to(hidden.dtype)
+    return loss, guess, p.index_fill_(0, ignored.nonzero().squeeze(1), 0).to(hidden.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -155,14 +155,15 @@ def mtp_loss(
     divisor, lcm_rows = all_sum(counts).tolist()
 
     operations = model.operations
+    chunk = {"chunk": 512} if model.device.type == "cpu" else {}  # rows whose logits stay in its caches
 
     def cross_entropy(hidden: Tensor, labels: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         soft = {"teacher": teacher.detach(), "soft": soft_targets} if soft_targets else {}
-        return operations.linear_cross_entropy(hidden, model.lm_head, labels, **soft)
+        return operations.linear_cross_entropy(hidden, model.lm_head, labels, **soft, **chunk)
 
     teacher = z_ntp[targets.at] if soft_targets else z_ntp
     with torch.set_grad_enabled(not model.mtp.gated):
-        ntp_ce, _ = operations.linear_cross_entropy(ntp_states, model.lm_head, ntp_labels)
+        ntp_ce, _ = operations.linear_cross_entropy(ntp_states, model.lm_head, ntp_labels, **chunk)
     base_ce, guess = cross_entropy(states, labels, teacher)
     total = (base_ce * weight).sum() + ntp_ce.sum()
     right, right_sampler, sampler_ce = guess == labels, None, None
