@@ -214,6 +214,7 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = t
     """The factors of `rotary_embedding`: c = [cos a, cos a] and s = [-sin a, sin a], a = position * frequency.
 
     positions: (...) integer. frequencies: (D / 2,) float32. Returns two (..., D), computed in float32, in `dtype`.
+    Raises ValueError for positions that are no integers or elsewhere, and for frequencies of another shape.
     """
     check_integer("positions", positions, frequencies.device)
     if frequencies.ndim != 1:
@@ -422,7 +423,7 @@ def accept(
     """The longest prefix of the drafts that the model itself would have written, and the token it writes next.
 
     drafts: (B, k) integer, d_1..d_k. predictions: (B, k + 1) integer, y_0..y_k: what the model writes after the last
-    verified token and after each draft. counts: (B,) how many of a sequence's drafts are real; default all.
+    verified token and after each draft. counts: (B,) integer, how many of a sequence's drafts are real; default all.
     Returns (a, next), (B,) each: a = the largest count such that d_i == y_{i-1} for *all* i <= a (a match after a
     mismatch counts for nothing), next = y_a. Raises ValueError for other shapes or dtypes.
     """

@@ -10,6 +10,7 @@ from mtp_model.checkpoint import Adapter, load_adapter
 from mtp_model.decode import Decoding
 from mtp_model.demo import ADAPTER, BASE
 from mtp_model.layout import MODES
+from mtp_model.records import encode_prompt
 from mtp_model.train import TrainingFailed, command
 
 
@@ -40,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     speak.add_argument("--k", type=int, help="masks per block (default: the adapter's)")
     speak.add_argument("--max-new-tokens", type=int, default=100)
     speak.add_argument("--draft-candidates", type=int, metavar="C", help="tokens that the sampler chooses from for each mask (default: all)")
+    speak.add_argument("--chat", action="store_true", help="the prompt is a user's message, put through the tokenizer's chat template")
     speak.add_argument("prompt", help="text to continue; - reads standard input")
     return parser
 
@@ -67,7 +69,7 @@ def run_generate(args) -> int:
         asked_adapter(args).apply(model)
     tokenizer = load_tokenizer(args.model)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    ids = tokenizer(prompt)["input_ids"]
+    ids = encode_prompt({"messages": [{"role": "user", "content": prompt}]} if args.chat else {"prompt": prompt}, tokenizer, 0)
     decoding = Decoding(model, [ids], mode=args.mode, k=args.k, max_new_tokens=args.max_new_tokens, draft_candidates=args.draft_candidates)
     written = text = ""
     for _ in decoding:

@@ -19,6 +19,7 @@ import torch
 from conftest import batch_indices, save_hf
 from resumed_training import go_on
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
 from mtp_model import MTPConfig, TrainConfig, Trainer, generate, load_adapter, load_model
 from mtp_model.__main__ import main
@@ -338,7 +339,6 @@ def test_settings_are_checked(name, value):
 def command_line(tmp_path_factory):
     """A model directory with a tokenizer, a data file, and an uninterrupted run of the command line."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     place = tmp_path_factory.mktemp("cli")
     save_hf(place / "model", seed=2)
@@ -425,6 +425,35 @@ def test_generate_command(command_line, capsys):
         assert "12 tokens" in captured.err
         texts.append(captured.out)
     assert texts[0] == texts[1] and len(texts[0].split()) == 12
+    assert main(["generate", *options, "--chat", "a b c"]) == 2 and "no chat template" in capsys.readouterr().err
+
+
+def test_generate_writes_its_last_words(command_line, capsys, monkeypatch):
+    """All of the text, a character that is not whole at its end too; the end-of-text token is none of it."""
+    place, _ = command_line
+    options = ["generate", "--model", str(place / "model"), "--adapter", str(place / "whole"), "--device", "cpu", "--max-new-tokens", "6", "a b"]
+    assert main(options) == 0
+    words = capsys.readouterr().out.split()
+    original = PreTrainedTokenizerFast.decode
+    monkeypatch.setattr(PreTrainedTokenizerFast, "decode", lambda self, ids, **o: original(self, ids, **o) + "\ufffd")
+    assert main(options) == 0
+    assert capsys.readouterr().out == " ".join(words) + "\ufffd\n"
+    monkeypatch.undo()
+    ends = words.index(words[3])
+    (place / "ends").mkdir()
+    for file in (place / "model").iterdir():
+        (place / "ends" / file.name).write_bytes(file.read_bytes())
+    token = PreTrainedTokenizerFast.from_pretrained(place / "model")(words[3])["input_ids"]
+    (place / "ends" / "generation_config.json").write_text(json.dumps({"eos_token_id": token}))
+    options[2] = str(place / "ends")
+    assert main(options) == 0
+    assert capsys.readouterr().out.split() == words[:ends]
+
+
+def test_another_model_needs_its_own_adapter(command_line, capsys):
+    for command in ("generate", "choose"):
+        assert main([command, "--model", str(command_line[0] / "model"), *(["hello"] if command == "generate" else [])]) == 2
+        assert "no --adapter was given" in capsys.readouterr().err
 
 
 def test_train_help_names_every_setting():
