@@ -20,11 +20,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from mtp_kernels.nn import GatedLoRALinear
+from mtp_model.checkpoint import load_adapter
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PROJECTIONS = {
@@ -219,6 +221,21 @@ def load_gated_lora_state_dict(model: nn.Module, tensors: dict[str, Tensor]) -> 
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted is the adapter's, {tuple(mine[name].shape)}")
     for name, tensor in tensors.items():
         mine[name].copy_(tensor)
+
+
+def load_gated_lora(model: nn.Module, directory: str | Path) -> nn.Module:
+    """Give the model the gated LoRA of an adapter directory, with its rank, alpha and targets; its masks and sampler are left out.
+
+    Raises ValueError, and changes nothing, as `load_adapter` and `add_gated_lora` do, and for an adapter of other sizes.
+    """
+    adapter = load_adapter(directory)
+    add_gated_lora(model, adapter.config.rank, adapter.config.alpha, adapter.config.target_modules)
+    try:
+        load_gated_lora_state_dict(model, {name: tensor for name, tensor in adapter.tensors.items() if "lora_" in name})
+    except ValueError:
+        remove_gated_lora(model)
+        raise
+    return model
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOY
+from conftest import TOY, randomise_adapter
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from mtp_kernels.testing import assert_within_budget
+from mtp_model import MTPConfig, load_adapter, load_model, save_adapter
 from mtp_model.cache import KVCache
 from mtp_model.checkpoint import export_adapter
 from mtp_model.hf import (
@@ -34,10 +35,11 @@ from mtp_model.hf import (
     add_gated_lora,
     gate,
     gated_lora_state_dict,
+    load_gated_lora,
     load_gated_lora_state_dict,
     remove_gated_lora,
 )
-from mtp_model.layout import training_layout
+from mtp_model.layout import prefill_layout, training_layout
 
 SMALL = TOY | dict(vocab_size=40)
 FAMILIES = {
@@ -483,6 +485,25 @@ def test_all_rows():
         for options in (dict(), dict(num_beams=2)):
             options |= dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
             assert torch.equal(model.generate(ids, **options), merged.generate(ids, **options))
+
+
+def test_an_adapter_directory(make_hf_dir, tmp_path):
+    """What `mtp_model train` writes, in a transformers model: the same product on every row as the package's own model with all rows gated."""
+    directory = make_hf_dir(num_hidden_layers=1)
+    ours = load_model(directory)
+    ours.add_adapter(MTPConfig(2, 3, alpha=12.0, target_modules=("q_proj", "down_proj"), gated=False))
+    save_adapter(randomise_adapter(ours), tmp_path / "adapter")
+    ours = load_adapter(tmp_path / "adapter").apply(load_model(directory))
+    theirs = load_gated_lora(AutoModelForCausalLM.from_pretrained(directory), tmp_path / "adapter")
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.no_grad(), gate(theirs, True):
+        cache = KVCache(ours.config, 1, 5)
+        expected = ours.logits(ours(prefill_layout([5], 0).at(ids.t(), [0]), cache))
+        torch.testing.assert_close(theirs(ids).logits[0], expected[:, 0])
+    other = AutoModelForCausalLM.from_pretrained(make_hf_dir("other"))
+    with pytest.raises(ValueError, match="missing"):
+        load_gated_lora(other, tmp_path / "adapter")
+    assert not hasattr(other.model, "_gated_lora")
 
 
 @torch.no_grad()
