@@ -313,7 +313,7 @@ def _row_losses(
     if soft:
         p.sub_(q, alpha=soft)
     p.scatter_add_(1, label, p.new_full((1, 1), soft - 1).expand_as(label))
-    return loss, guess, p.index_fill_(0, ignored.nonzero().squeeze(1), 0).to(hidden.dtype)
+    return loss, guess, p.masked_fill_(ignored.unsqueeze(1), 0).to(hidden.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import pytest_collection_modifyitems
 
 from bench import gpu
 
@@ -39,14 +41,17 @@ def test_the_steps_flags_are_accepted(tmp_path, name):
 
 
 def test_copies_share_the_tests(tmp_path):
-    """Side by side, each with its part: together all of the file's tests, each once; a failure of one is the step's."""
-    command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "tests/test_layout.py")
-    (outcome,) = gpu.run([gpu.Step("collect", command, 1.0, copies=3)], tmp_path, 200)
-    parts = [[line for line in (tmp_path / f"collect.{i}.txt").read_text().splitlines() if "::" in line] for i in range(3)]
-    whole = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True).stdout.splitlines()
-    assert outcome.status == "passed" and sorted(sum(parts, [])) == sorted(line for line in whole if "::" in line) and min(map(len, parts)) > 5
-    code = "import sys; raise SystemExit(sys.argv[-1] == '1/2')"
-    assert gpu.run([gpu.Step("one fails", (sys.executable, "-c", code), 1.0, copies=2)], tmp_path, 60)[0].status == "failed"
+    """Side by side, each with its part: together all of the tests, each once; a failure of one is the step's."""
+    step = gpu.Step("tests", ("pytest",), 1.0, copies=3)
+    shards = [command[-1] for command, _ in step.commands(tmp_path)]
+    parts = []
+    for shard in shards:
+        parts.append(list(range(7)))
+        pytest_collection_modifyitems(SimpleNamespace(getoption={"--shard": shard}.get), parts[-1])
+    assert parts == [[0, 3, 6], [1, 4], [2, 5]]
+    code = "import sys; print(sys.argv[-2:]); raise SystemExit(sys.argv[-1] == '1/2')"
+    (outcome,) = gpu.run([gpu.Step("one fails", (sys.executable, "-c", code), 1.0, copies=2)], tmp_path, 60)
+    assert outcome.status == "failed" and "['--shard', '0/2']" in (tmp_path / "one fails.0.txt").read_text()
 
 
 def test_texts(tmp_path):

@@ -449,8 +449,7 @@ def test_compiled_whole():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("kind", ["rows", "number"])
+@pytest.mark.parametrize("whole, kind", [(True, "rows"), (False, "number")])
 def test_compiled_in_parts(whole, kind):
     """A graph that breaks, at a boolean gate's rows or at a hook of the user's, and layers compiled by themselves, see the gate as well."""
     torch.manual_seed(0)
