@@ -16,10 +16,9 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["mtp_kernels*", "mtp_model*"]),
     package_data={"mtp_model.demo": ["base/*", "adapter/*", "ablation/*/*", "heldout.jsonl"]},
-    # Tried on torch 2.13.0 (CPU) with triton 3.7.1 and numpy 2.4, on torch 2.11.0 with triton 3.6.0 and numpy 2.3 (under numpy 2.4 its
-    # interpreter cannot run loops over run-time values), transformers 5.17.0 and 5.23.0, safetensors 0.8. Lower bounds: torch 2.9 is the first
-    # with the optimizer of the demo recipe, transformers 5.0 the first that opens the demo's tokenizer.
-    install_requires=["torch>=2.9", "numpy>=1.26", "safetensors>=0.5", "tqdm>=4.60", "transformers>=5.0,<6"],
+    # Tried on torch 2.13.0 (CPU) with triton 3.7.1, and on 2.11.0 with triton 3.6.0 (under numpy 2.4 its interpreter cannot run loops over run-time
+    # values; the kernels compile). The other lower bounds with torch 2.13.0; transformers 5.17.0 and 5.23.0 and numpy 2.4 too.
+    install_requires=["torch>=2.11", "numpy>=1.26", "safetensors>=0.5", "tqdm>=4.66", "transformers>=5.0,<6"],
     extras_require={
         "parquet": ["pyarrow>=15"],
         "plot": ["matplotlib>=3.8"],

@@ -111,10 +111,10 @@ class Batch:
 
 def _example(record: dict, tokenizer, end: list[int], vocab_size: int) -> Example:
     pieces = encode_pieces(record, tokenizer, end)
-    ids = np.array([t for piece, _ in pieces for t in piece], dtype=np.int32)
+    ids = np.array([t for piece, _ in pieces for t in piece], dtype=np.int64)  # before it is known that they fit into 32 bits
     if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
         raise ValueError(f"token ids are {ids.min()} to {ids.max()}; the model's vocabulary has {vocab_size}")
-    return Example(ids, np.array([a for piece, a in pieces for _ in piece], dtype=bool))
+    return Example(ids.astype(np.int32), np.array([a for piece, a in pieces for _ in piece], dtype=bool))
 
 
 def has_anchor(answer: np.ndarray) -> bool:

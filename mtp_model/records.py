@@ -118,8 +118,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, bytes | dict, float]]:
         return
     try:
         from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise ValueError(f"{path} is read with pyarrow, which is not installed; pip install pyarrow") from None
+    except ImportError as error:
+        raise ValueError(f"{path} is read with pyarrow, which cannot be imported ({error}); pip install pyarrow") from None
     number = 0
     try:
         # With both settings a row group is read in small parts; a file may be a single one.
