@@ -7,7 +7,7 @@ eight times, and several adapters put together as a block-diagonal matrix multip
     y = silu(g) * u                        dg = dy * u * silu'(g),  du = dy * silu(g)
     y = x r w,  r = 1 / sqrt(mean x^2 + eps)   dx = r (dy w - x r^2 mean(x dy w)),  dw = sum over rows of dy x r
 
-No forward returns what it wrote in place: torch.compile of torch 2.11 then computes a wrong gradient, silently.
+SwiGLU's and RMSNorm's forward return nothing written in place: torch.compile of torch 2.11 then computes a wrong gradient, silently.
 """
 
 import torch

@@ -1,13 +1,16 @@
 """The model computes what transformers' Llama computes, and an adapter never touches an ordinary token's row."""
 
 import json
+import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
 from mtp_model import MTPConfig, load_model
 from mtp_model.cache import KVCache
+from mtp_model.layers import remade
 from mtp_model.layout import decoding_layout, prefill_layout, training_layout
 
 LLAMA3 = dict(
@@ -182,3 +185,19 @@ def test_half_precision(make_hf_dir, dtype):
     z = model(rows, KVCache(model.config, 1, 16, dtype=dtype))
     assert z.dtype == dtype and z.isfinite().all()
     assert model.draft(z[None, 12:, 0], torch.tensor([1])).shape == (1, 2)
+
+
+def test_what_is_remade_is_not_kept():
+    """Between forward and backward the graph holds no result of the function, which runs a second time; the gradients are the plain ones."""
+    made = []
+
+    def function(x):
+        made.append(weakref.ref(y := x.sin()))
+        return y
+
+    x, w = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    z = remade(function, x, F.linear, w)
+    assert len(made) == 1 and made[0]() is None
+    found = torch.autograd.grad(z.square().sum(), (x, w))
+    expected = torch.autograd.grad(F.linear(x.sin(), w).square().sum(), (x, w))
+    assert len(made) == 2 and all(map(torch.equal, found, expected))
