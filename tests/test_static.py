@@ -53,7 +53,8 @@ def test_a_step_serves_again(shared, monkeypatch):
     monkeypatch.setattr(StaticStep, "__init__", lambda self, *a, **o: made.append(a) or original(self, *a, **o))
     model = shared.model
     model.kept_steps.clear()
-    for prompt in sorted(PROMPTS, key=len) + sorted(PROMPTS, key=len)[::-1]:  # a longer text after a shorter one, and the other way round
+    texts = sorted([*PROMPTS, PROMPTS[0] * 8], key=len)
+    for prompt in texts + texts[::-1]:  # a longer text after a shorter one, and the other way round
         fixed, host = both_ways(model, [prompt], mode="linear", k=2, max_new_tokens=11)
         assert fixed.tokens == host.tokens
     assert len(made) == 1
