@@ -17,7 +17,7 @@ LOSS = "loss"
 
 @dataclass(frozen=True)
 class Model:
-    """contexts: tokens before a decoding step, for attention."""
+    """contexts: tokens before a decoding step, for attention. qk_norm: q's and k's heads are normalised before the rotation."""
 
     name: str
     hidden: int
@@ -27,6 +27,7 @@ class Model:
     head_dim: int
     vocab: int
     contexts: tuple[int, ...] = (512, 2048, 8192, 32768, 131072)
+    qk_norm: bool = False
 
     def layers(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """name -> (inputs, the projections that share them), as `mtp_model` merges them."""
@@ -44,7 +45,7 @@ MODELS = {
     for model in (
         Model("Llama-3.1-8B", 4096, 14336, 32, 8, 128, 128_256),
         Model("Llama-3.2-1B", 2048, 8192, 32, 8, 64, 128_256),
-        Model("Qwen3-4B", 2560, 9728, 32, 8, 128, 151_936),
+        Model("Qwen3-4B", 2560, 9728, 32, 8, 128, 151_936, qk_norm=True),
     )
 }
 TOY = Model("toy", 64, 96, 4, 2, 16, 160, (520,))  # ours takes keys in pieces of 512: one boundary

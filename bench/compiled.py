@@ -70,21 +70,23 @@ def norm_case(m: int, d: int, dtype: torch.dtype, grad: bool):
     return run
 
 
-def rotary_case(m: int, heads: int, head_dim: int, dtype: torch.dtype):
+def rotary_case(m: int, heads: int, head_dim: int, dtype: torch.dtype, normed: bool = False):
     def run():
         x = empty(m, heads + 8, head_dim, dtype=dtype, grad=True)[:, :heads]  # q and k of a fused projection's result
-        forward_and_backward(kernels.rotary_embedding(x, empty(m, head_dim, dtype=dtype), empty(m, head_dim, dtype=dtype)))
+        norm = empty(heads, head_dim, dtype=dtype) if normed else None
+        forward_and_backward(kernels.rotary_embedding(x, empty(m, head_dim, dtype=dtype), empty(m, head_dim, dtype=dtype), norm))
 
     return run
 
 
-def rotary_write_case(b: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype):
+def rotary_write_case(b: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, normed: bool = False):
     """17 rows of b sequences into a cache of 4,096 columns."""
 
     def run():
         cos, sin = (empty(17, b, head_dim, dtype=dtype) for _ in range(2))
         keys, values = (empty(4096, b, kv_heads, head_dim, dtype=dtype) for _ in range(2))
-        kernels.rotary_write(empty(17, b, heads + 2 * kv_heads, head_dim, dtype=dtype), cos, sin, keys, values, empty(b, dtype=torch.int64))
+        qkv, norm = empty(17, b, heads + 2 * kv_heads, head_dim, dtype=dtype), empty(heads + kv_heads, head_dim, dtype=dtype) if normed else None
+        kernels.rotary_write(qkv, cos, sin, keys, values, empty(b, dtype=torch.int64), norm)
 
     return run
 
@@ -233,9 +235,14 @@ CASES: list[Case] = [
     *(Case("rotary_embedding", f"17 x 12 x {d} float16", rotary_case(17, 12, d, FP16)) for d in (64, 80, 96)),
     Case("rotary_embedding", "17 x 40 x 128 float32", rotary_case(17, 40, 128, FP32)),
     *(
+        Case("rotary_embedding", f"17 x 40 x {d} {str(dtype)[6:]}, normed", rotary_case(17, 40, d, dtype, True))
+        for d, dtype in ((128, BF16), (80, FP16), (128, FP32))
+    ),
+    *(
         Case("rotary_write", f"{b} x {h} + {kv} heads of {d} {str(dtype)[6:]}", rotary_write_case(b, h, kv, d, dtype), quick=b == 4)
         for b, h, kv, d, dtype in ((1, 32, 8, 128, BF16), (4, 32, 8, 128, BF16), (1, 12, 12, 80, FP16), (1, 32, 8, 128, FP32))
     ),
+    *(Case("rotary_write", f"1 x 32 + 8 heads of 128 {str(dtype)[6:]}, normed", rotary_write_case(1, 32, 8, 128, dtype, True)) for dtype in (BF16, FP32)),
     *(
         Case("linear_argmax", f"{m} x {d} of {vocab} {str(dtype)[6:]}", linear_argmax_case(m, d, vocab, dtype), quick=m == 9)
         for m, d, vocab, dtype in ((1, 4096, 128_256, BF16), (9, 4096, 128_256, BF16), (81, 2048, 32_000, FP16), (9, 4096, 128_256, FP32))

@@ -64,9 +64,12 @@ def rms_norm(m: int, n: int, itemsize: int, backward: bool = False) -> Count:
     return Count(numbers * itemsize, operations)
 
 
-def rotary_embedding(m: int, heads: int, d: int, itemsize: int, backward: bool = False) -> Count:
-    numbers, operations = 2 * m * heads * d + 2 * m * d, 3 * m * heads * d
-    return Count(numbers * itemsize * (1 + backward), operations * (1 + backward))
+def rotary_embedding(m: int, heads: int, d: int, itemsize: int, backward: bool = False, normed: bool = False) -> Count:
+    """normed: after a norm of each head, whose weights are read; its backward reads the forward's x too."""
+    numbers, operations = 2 * m * heads * d + 2 * m * d + normed * heads * d, (3 + 5 * normed) * m * heads * d
+    if not backward:
+        return Count(numbers * itemsize, operations)
+    return Count((2 * numbers + normed * m * heads * d) * itemsize, 2 * operations + 3 * normed * m * heads * d)
 
 
 def swiglu(m: int, f: int, itemsize: int, backward: bool = False) -> Count:
@@ -94,9 +97,10 @@ def attention(rows: int, batch: int, heads: int, kv_heads: int, d: int, keys: in
 # ---- a decoding step
 
 
-def rotary_write(m: int, heads: int, kv_heads: int, d: int, itemsize: int) -> Count:
-    """m rows: reads q, k, v and two tables, writes q, and k and v into the cache."""
-    return Count((2 * m * (heads + 2 * kv_heads) * d + 2 * m * d) * itemsize, 3 * m * (heads + kv_heads) * d)
+def rotary_write(m: int, heads: int, kv_heads: int, d: int, itemsize: int, normed: bool = False) -> Count:
+    """m rows: reads q, k, v, two tables and the norm's weights, if there is one, writes q, and k and v into the cache."""
+    numbers = 2 * m * (heads + 2 * kv_heads) * d + 2 * m * d + normed * (heads + kv_heads) * d
+    return Count(numbers * itemsize, (3 + 5 * normed) * m * (heads + kv_heads) * d)
 
 
 def accept_and_commit(b: int, k: int, ends: int) -> Count:

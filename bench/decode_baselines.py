@@ -24,20 +24,23 @@ class Peer:
     """transformers' generate on the same weights: its parameters are views of ours."""
 
     def __init__(self, model: MTPModel, compiled: bool):
-        from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 
         ours = model.config
-        config = LlamaConfig(
-            **{name: value for name, value in asdict(ours).items() if name not in ("rope_theta", "rope_scaling", "eos_token_ids")},
+        config = AutoConfig.for_model(
+            "qwen3" if ours.qk_norm else "llama",
+            **{name: value for name, value in asdict(ours).items() if name not in ("rope_theta", "rope_scaling", "eos_token_ids", "output_bias", "qk_norm")},
             rope_parameters={"rope_type": "default", "rope_theta": ours.rope_theta} | (ours.rope_scaling or {}),
             bos_token_id=None, eos_token_id=None, pad_token_id=None,
         )  # fmt: skip
         with torch.device("meta"):
-            self.model = LlamaForCausalLM(config).eval().requires_grad_(False)
+            self.model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
         tensors = {"model.embed_tokens.weight": model.embed, "lm_head.weight": model.lm_head, "model.norm.weight": model.norm.weight}
         for i, layer in enumerate(model.layers):
             prefix = f"model.layers.{i}."
             tensors |= {f"{prefix}input_layernorm.weight": layer.input_norm.weight, f"{prefix}post_attention_layernorm.weight": layer.post_norm.weight}
+            if layer.qk_norm is not None:
+                tensors |= {f"{prefix}self_attn.{name}.weight": layer.qk_norm.data[at] for name, at in (("q_norm", 0), ("k_norm", -1))}
             for stack, module in layer.adapted().items():
                 group = "self_attn" if stack in ("qkv_proj", "o_proj") else "mlp"
                 for name, whole in (("weight", module.weight), ("bias", module.bias)):

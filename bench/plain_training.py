@@ -138,6 +138,8 @@ def states(model: MTPModel, rows: Sequences, attend: Attend) -> Tensor:
         scaled = {name: gate * module.scale for name, module in layer.adapted().items()}
         parts = _gated(layer.qkv_proj, norm(x, layer.input_norm), scaled["qkv_proj"])
         q, k, v = (part.view(size, t, -1, layer.head_dim).transpose(1, 2) for part in parts)
+        if layer.qk_norm is not None:
+            q, k = (F.rms_norm(x, (layer.head_dim,), w, layer.eps) for x, w in ((q, layer.qk_norm[0]), (k, layer.qk_norm[-1])))
         attended = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v).transpose(1, 2).flatten(2)
         x = x + _gated(layer.o_proj, attended, scaled["o_proj"])[0]
         left, right = _gated(layer.gate_up_proj, norm(x, layer.post_norm), scaled["gate_up_proj"])

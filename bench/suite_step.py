@@ -15,28 +15,46 @@ COLUMNS = 2048  # of the cache, which begins to be written in its middle
 DRAFTS, VOCABULARY, ENDS = 8, 128_256, (128_001, 128_009)  # Llama 3's; what accepting takes does not depend on them
 
 
-def _competitors(eager, ours) -> tuple[Provider, ...]:
-    return Provider(EAGER, eager, eager), Provider(COMPILED, compiled(eager), eager), Provider(OURS, ours, eager)
+def _competitors(eager, ours, plain=None) -> tuple[Provider, ...]:
+    """plain: the formula they are held against; default eager's."""
+    plain = plain or eager
+    return Provider(EAGER, eager, plain), Provider(COMPILED, compiled(eager), plain), Provider(OURS, ours, plain)
 
 
 # ---- rotation into the cache
 
 
-def write_eager(i: dict) -> Tensor:
+def norm_formula(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm in x's dtype: the specification works in float32, so float64 needs a formula of its own."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def rotary_formula(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None) -> Tensor:
+    """`rotary_embedding`, in float64 too."""
+    if norm is None or x.dtype != torch.float64:
+        return reference.rotary_embedding(x, cos, sin, norm)
+    return reference.rotary_embedding(norm_formula(x, norm, 1e-6), cos, sin)
+
+
+def write_eager(i: dict, rotate=reference.rotary_embedding) -> Tensor:
     """One sequence: a rotation of q and k together, and two copies by column."""
     keys, values = i["keys"], i["values"]
     kv_heads = keys.shape[2]
     heads = i["qkv"].shape[2] - kv_heads
     qk, v = i["qkv"].split([heads, kv_heads], 2)
-    q, k = reference.rotary_embedding(qk, i["cos"], i["sin"]).split([heads - kv_heads, kv_heads], 2)
+    q, k = rotate(qk, i["cos"], i["sin"], i["norm"]).split([heads - kv_heads, kv_heads], 2)
     columns = i["start"] + i["offsets"]
     keys.index_copy_(0, columns, k)
     values.index_copy_(0, columns, v)
     return q.contiguous()
 
 
+def write_plain(i: dict) -> Tensor:
+    return write_eager(i, rotary_formula)
+
+
 def write_ours(i: dict) -> Tensor:
-    return ops.rotary_write(i["qkv"], i["cos"], i["sin"], i["keys"], i["values"], i["start"], implementation="triton")
+    return ops.rotary_write(i["qkv"], i["cos"], i["sin"], i["keys"], i["values"], i["start"], i["norm"], implementation="triton")
 
 
 def _make_write(m: int, model: Model, device: torch.device, dtype: torch.dtype) -> dict:
@@ -45,20 +63,21 @@ def _make_write(m: int, model: Model, device: torch.device, dtype: torch.dtype) 
     cos, sin = reference.rotary_tables((start + offsets).unsqueeze(1), reference.rotary_frequencies(d).to(device), dtype)
     return dict(
         qkv=randn(m, 1, model.heads + 2 * kv_heads, d), cos=cos, sin=sin, keys=randn(COLUMNS, 1, kv_heads, d), values=randn(COLUMNS, 1, kv_heads, d),
-        start=start, offsets=offsets,
+        start=start, offsets=offsets, norm=randn(model.heads + kv_heads, d) if model.qk_norm else None,
     )  # fmt: skip
 
 
 def rotary_write(model: Model, settings: Iterable[Setting], scope: Scope) -> Iterator[Case]:
     heads, kv_heads, d = model.heads, model.kv_heads, model.head_dim
+    shape = f"{heads} / {kv_heads} heads x {d}{', normed' if model.qk_norm else ''}"
     for s in scope.decoding(settings):
 
         def count(itemsize, adapter, m=s.rows):
-            return counts.rotary_write(m, heads, kv_heads, d, itemsize)
+            return counts.rotary_write(m, heads, kv_heads, d, itemsize, model.qk_norm)
 
         yield Case(
-            "rotary_write", model.name, "rotary_write", f"{heads} / {kv_heads} heads x {d}", Setting("rows", s.rows, 0), 0, False, count,
-            partial(_make_write, s.rows, model), _competitors(write_eager, write_ours), (), (), mutates=("keys", "values"),
+            "rotary_write", model.name, "rotary_write", shape, Setting("rows", s.rows, 0), 0, False, count,
+            partial(_make_write, s.rows, model), _competitors(write_eager, write_ours, write_plain), (), (), mutates=("keys", "values"),
         )  # fmt: skip
 
 

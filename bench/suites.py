@@ -14,7 +14,7 @@ from bench import counts
 from bench.cases import BASE, COMPILED, EAGER, FUSED, GATHER, LOSS, OURS, Case, Model, Provider, Scope, Setting, compiled, random_tensors
 from bench.suite_attention import attention
 from bench.suite_sampler import sampler_draft
-from bench.suite_step import accept_and_commit, linear_argmax, rotary_write
+from bench.suite_step import accept_and_commit, linear_argmax, norm_formula, rotary_formula, rotary_write
 from bench.suite_training import latent_consistency, linear_cross_entropy
 from mtp_kernels import ops, reference
 
@@ -132,12 +132,9 @@ def norm_eager(i: dict):
     return reference.rms_norm(i["x"], i["weight"], 1e-5, i["residual"])
 
 
-def norm_formula(i: dict):
-    """The specification works in float32, so float64 needs a formula of its own."""
+def norm_plain(i: dict):
     total = i["x"] + i["residual"]
-    if total.dtype != torch.float64:
-        return norm_eager(i)
-    return total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5) * i["weight"], total
+    return norm_eager(i) if total.dtype != torch.float64 else (norm_formula(total, i["weight"], 1e-5), total)
 
 
 def norm_fused(i: dict):
@@ -150,11 +147,15 @@ def norm_ours(i: dict):
 
 
 def rotary_eager(i: dict):
-    return reference.rotary_embedding(i["x"], i["cos"], i["sin"])
+    return reference.rotary_embedding(i["x"], i["cos"], i["sin"], i["norm"])
+
+
+def rotary_plain(i: dict):
+    return rotary_formula(i["x"], i["cos"], i["sin"], i["norm"])
 
 
 def rotary_ours(i: dict):
-    return ops.rotary_embedding(i["x"], i["cos"], i["sin"], implementation="triton")
+    return ops.rotary_embedding(i["x"], i["cos"], i["sin"], i["norm"], implementation="triton")
 
 
 def silu_eager(i: dict):
@@ -171,10 +172,11 @@ def _make_norm(m, d, backward, device, dtype) -> dict:
     return inputs | (dict(dy=randn(m, d), dtotal=randn(m, d)) if backward else {})
 
 
-def _make_rotary(m, heads, d, backward, device, dtype) -> dict:
+def _make_rotary(m, heads, d, normed, backward, device, dtype) -> dict:
     randn = random_tensors(device, dtype)
     cos, sin = reference.rotary_tables(torch.arange(m, device=device), reference.rotary_frequencies(d).to(device), dtype)
-    return dict(x=randn(m, heads, d, grad=backward), cos=cos, sin=sin) | (dict(dy=randn(m, heads, d)) if backward else {})
+    inputs = dict(x=randn(m, heads, d, grad=backward), cos=cos, sin=sin, norm=randn(heads, d) if normed else None)
+    return inputs | (dict(dy=randn(m, heads, d)) if backward else {})
 
 
 def _make_swiglu(m, f, backward, device, dtype) -> dict:
@@ -186,10 +188,11 @@ def row_wise(operation: str, model: Model, settings: Iterable[Setting], scope: S
     """The operations without weights to speak of: only the number of rows counts."""
     d, f, heads = model.hidden, model.intermediate, model.heads + model.kv_heads
     eager, plain, ours, shape, make, count, upstream, leaves = {
-        "rms_norm": (norm_eager, norm_formula, norm_ours, f"{d}, with residual", partial(_make_norm, d=d), partial(counts.rms_norm, n=d),
+        "rms_norm": (norm_eager, norm_plain, norm_ours, f"{d}, with residual", partial(_make_norm, d=d), partial(counts.rms_norm, n=d),
                      ("dy", "dtotal"), ("x", "residual")),
-        "rotary_embedding": (rotary_eager, rotary_eager, rotary_ours, f"{heads} x {model.head_dim}", partial(_make_rotary, heads=heads, d=model.head_dim),
-                             partial(counts.rotary_embedding, heads=heads, d=model.head_dim), ("dy",), ("x",)),
+        "rotary_embedding": (rotary_eager, rotary_plain, rotary_ours, f"{heads} x {model.head_dim}{', normed' if model.qk_norm else ''}",
+                             partial(_make_rotary, heads=heads, d=model.head_dim, normed=model.qk_norm),
+                             partial(counts.rotary_embedding, heads=heads, d=model.head_dim, normed=model.qk_norm), ("dy",), ("x",)),
         "swiglu": (silu_eager, silu_eager, silu_ours, f"2 x {f}", partial(_make_swiglu, f=f), partial(counts.swiglu, f=f), ("dy",), ("x",)),
     }[operation]  # fmt: skip
     providers = [Provider(EAGER, eager, plain), Provider(COMPILED, compiled(eager), plain), Provider(OURS, ours, plain)]

@@ -33,6 +33,7 @@ from mtp_model.arguments import DTYPES, IMPLEMENTATIONS, default_device, default
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH_UNIT = 64  # of --fit
 LONGEST = 2**20
+DEFAULT = ("Llama-3.2-1B", "Llama-3.1-8B")  # shapes measured on a GPU where none is named
 
 
 def cases(args) -> list[Case]:
@@ -40,7 +41,7 @@ def cases(args) -> list[Case]:
     with masks after every position, the paper's recipe. Of a Llama shape a short sequence, which the plain way has room for on a GPU of 80 GB,
     and a long one."""
     chosen = []
-    for shape in args.shape or ([DEMO] if args.device == "cpu" else list(CONFIGS)):
+    for shape in args.shape or ([DEMO] if args.device == "cpu" else DEFAULT):
         demo = shape == DEMO
         if demo and args.batch_size is args.length is args.anchors is None:
             chosen += [Case(shape, size, 192, anchors, args.masks, args.rank or 32) for size, anchors in ((16, 24), (32, 8), (2, None))]
@@ -218,7 +219,7 @@ def main_table(records: list[dict]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", choices=[DEMO, *CONFIGS], help="default: the demo model on a CPU, the others on a GPU")
+    parser.add_argument("--shape", nargs="+", choices=[DEMO, *CONFIGS], help="default: the demo model on a CPU, the Llamas on a GPU")
     parser.add_argument("--batch-size", type=int, help="sequences (default 16 for the demo, else 1)")
     parser.add_argument("--length", type=int, help="tokens of the longest sequence (default 192 for the demo, else 512 and 2048)")
     parser.add_argument("--anchors", type=int, help="masks after that many positions of each sequence, 0: after all (default 24 for the demo, else 0)")

@@ -34,6 +34,10 @@ def _llama3(factor: float, **sizes) -> ModelConfig:
 CONFIGS = {
     "Llama-3.2-1B": _llama3(32.0, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64, tie_word_embeddings=True),
     "Llama-3.1-8B": _llama3(8.0, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128),
+    "Qwen3-4B": ModelConfig(
+        vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        max_position_embeddings=40960, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True, qk_norm=True,
+    ),
 }
 
 

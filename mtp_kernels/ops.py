@@ -222,11 +222,23 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = t
     return reference.rotary_tables(positions, frequencies, dtype)
 
 
-def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, implementation: str | None = None) -> Tensor:
+def _check_norm(norm: Tensor | None, heads: int, d: int, form: str) -> None:
+    if norm is None:
+        return
+    check_shape("norm", norm, (heads, d), form)
+    if torch.is_grad_enabled() and norm.requires_grad:
+        raise ValueError("norm requires gradients; accepted is a tensor that does not, or any under torch.no_grad()")
+
+
+def rotary_embedding(
+    x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None = None, eps: float = 1e-6, *, implementation: str | None = None
+) -> Tensor:
     """Rotate each head: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the halves of D (Llama's layout).
 
     x: (..., H, D). cos, sin: (..., D), see `rotary_tables` (sin's first half is negated, so y = x cos + swap(x) sin).
-    Returns x's shape. Differentiable in x. Raises ValueError for other shapes, dtypes or devices.
+    norm: (H, D), constant: before that each head x_h becomes x_h / sqrt(mean(x_h^2) + eps) * norm[h], with a weight for each
+        head (q's and k's in Qwen 3, arXiv 2505.09388; Henry et al. 2020, arXiv 2010.04245). eps counts for nothing without it.
+    Returns x's shape. Differentiable in x. Raises ValueError for other shapes, dtypes or devices, and for a norm that requires gradients.
     """
     compute = choose(implementation, "rotary_embedding", x.device)
     if x.ndim < 2 or x.shape[-1] % 2:
@@ -234,18 +246,28 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, implementation: str
     expected = (*x.shape[:-2], x.shape[-1])
     check_shape("cos", cos, expected, "(..., D)")
     check_shape("sin", sin, expected, "(..., D)")
-    check_floating("x cos sin", x, cos, sin)
-    return compute(x, cos, sin)
+    _check_norm(norm, *x.shape[-2:], "(H, D)")
+    check_floating("x cos sin norm", x, cos, sin, norm)
+    return compute(x, cos, sin, norm, eps)
 
 
 def rotary_write(
-    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: Tensor, *, implementation: str | None = None
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    implementation: str | None = None,
 ) -> Tensor:
     """Rotate q and k of a fused projection's result (see `rotary_embedding`), write k and v into a cache *in place*, return q.
 
     qkv: (T, B, H + 2 H_kv, D), heads of q, then k, then v. cos, sin: (T, B, D). keys, values: (S, B, H_kv, D), one layer's cache by
-    column, of unit stride along D. start: (B,) integer: row t of sequence b goes to column start[b] + t. Returns (T, B, H, D),
-    contiguous; a rotated row has the bits that `rotary_embedding` gives it.
+    column, of unit stride along D. start: (B,) integer: row t of sequence b goes to column start[b] + t. norm: (H + H_kv, D), for q's
+    heads and k's, and eps: see `rotary_embedding`. Returns (T, B, H, D), contiguous; a rotated row has the bits that `rotary_embedding` gives it.
 
     start is read where it lies, without waiting for the device, so that its values are not checked: the caller guarantees that
     0 <= start[b] and start[b] + T <= S. The Triton kernel leaves other columns' rows out, the reference raises IndexError.
@@ -262,14 +284,15 @@ def rotary_write(
     check_shape("cos", cos, (t, b, d), "(T, B, D)")
     check_shape("sin", sin, (t, b, d), "(T, B, D)")
     check_shape("start", start, (b,), "(B,)")
-    check_floating("qkv cos sin keys values", qkv, cos, sin, keys, values)
+    _check_norm(norm, qkv.shape[2] - keys.shape[2], d, "(H + H_kv, D)")
+    check_floating("qkv cos sin keys values norm", qkv, cos, sin, keys, values, norm)
     check_integer("start", start, qkv.device)
     for name, tensor in (("keys", keys), ("values", values)):
         if tensor.stride(3) != 1:
             raise ValueError(f"{name} has stride {tensor.stride(3)} along D; accepted is 1")
     if torch.is_grad_enabled() and (qkv.requires_grad or keys.requires_grad or values.requires_grad):
         raise ValueError("qkv, keys or values requires gradients; accepted are tensors that do not, or any under torch.no_grad()")
-    return compute(qkv, cos, sin, keys, values, start)
+    return compute(qkv, cos, sin, keys, values, start, norm, eps)
 
 
 def swiglu(x: Tensor, *, implementation: str | None = None) -> Tensor:

@@ -86,7 +86,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | No
     if x.dtype is torch.float32:
         y = RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else (x * reciprocal_rms(x, eps)).mul_(weight)
     else:  # normalised in float32, rounded, then weighted: the order of transformers' Llama
-        y = F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
+        y = F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight
     return y if residual is None else (y, x)
 
 
@@ -110,14 +110,18 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = t
     return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
-def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
     return torch.addcmul(x * cos.unsqueeze(-2), x.roll(int(x.shape[-1]) // 2, -1), sin.unsqueeze(-2))
 
 
-def rotary_write(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: Tensor) -> Tensor:
+def rotary_write(
+    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: Tensor, norm: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
     (t, b, heads, _), kv_heads = _sizes(qkv), int(keys.shape[2])
     qk, v = qkv.split([heads - kv_heads, kv_heads], dim=2)
-    q, k = rotary_embedding(qk, cos, sin).split([heads - 2 * kv_heads, kv_heads], dim=2)
+    q, k = rotary_embedding(qk, cos, sin, norm, eps).split([heads - 2 * kv_heads, kv_heads], dim=2)
     at = start.long() + torch.arange(t, device=qkv.device).unsqueeze(1), torch.arange(b, device=qkv.device)  # (T, B), (B,)
     keys[at], values[at] = k, v
     return q.contiguous()

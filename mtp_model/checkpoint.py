@@ -87,7 +87,7 @@ class _Tensors:
 def load_model(
     directory: str | Path, *, device=None, dtype: torch.dtype | None = None, implementation: str | None = None
 ) -> MTPModel:
-    """Open a Hugging Face directory of the Llama family.
+    """Open a Hugging Face directory of the Llama family: model_type llama, mistral, qwen2 or qwen3.
 
     dtype: default the checkpoint's own. implementation: "triton", "reference" or None, see `MTPModel.use`. End-of-text ids are those of
     generation_config.json, or without them config.json's, as in transformers' generate.
@@ -129,6 +129,9 @@ def load_model(
         prefix = f"model.layers.{i}."
         put(layer.input_norm.weight, [tensors.get(prefix + "input_layernorm.weight", (d,))])
         put(layer.post_norm.weight, [tensors.get(prefix + "post_attention_layernorm.weight", (d,))])
+        if layer.qk_norm is not None:
+            of_heads = (("q_norm", config.num_attention_heads), ("k_norm", config.num_key_value_heads))
+            put(layer.qk_norm, [tensors.get(f"{prefix}self_attn.{name}.weight", (hd,)).expand(heads, hd) for name, heads in of_heads])
         for name, module in layer.adapted().items():
             sizes = [shapes[part.split(".")[1]] for part in _PARTS[name]]
             parts = [tensors.get(f"{prefix}{p}.weight", s) for p, s in zip(_PARTS[name], sizes, strict=True)]

@@ -10,9 +10,24 @@ MAX_MASKS = 16
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+# model_type -> what transformers takes where a config.json says nothing, and what it takes whatever that says.
+FAMILIES = {
+    "llama": ({}, {}),
+    "mistral": ({"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+                {"attention_bias": False, "mlp_bias": False, "use_sliding_window": True}),
+    "qwen2": ({"num_key_value_heads": 32, "max_position_embeddings": 32768, "use_sliding_window": False},
+              {"attention_bias": True, "output_bias": False, "mlp_bias": False}),
+    "qwen3": ({"num_key_value_heads": 32, "max_position_embeddings": 32768, "use_sliding_window": False, "head_dim": 128},
+              {"qk_norm": True, "mlp_bias": False}),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-family model. Field names are Hugging Face's."""
+    """A Llama-family model. Field names are Hugging Face's, but for what these know by the family:
+
+    attention_bias: q, k and v have a bias; output_bias: o has one. qk_norm: q's and k's heads are normalised before the rotation.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -27,15 +42,22 @@ class ModelConfig:
     rope_scaling: dict | None = field(default=None, hash=False)
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
     def from_hf(cls, config: dict) -> "ModelConfig":
-        """Read the dict of a config.json. Raises ValueError naming what is not Llama-family about it."""
+        """Read the dict of a config.json. Raises ValueError naming what is not Llama-family about it.
+
+        A sliding window becomes max_position_embeddings, where it is shorter: up to there it hides nothing.
+        """
         kind = config.get("model_type")
-        if kind != "llama":
-            raise ValueError(f"model_type is {kind!r}; accepted is 'llama' (Llama 2, 3.x, Tulu and others of that form)")
+        if kind not in FAMILIES:
+            raise ValueError(f"model_type is {kind!r}; accepted are {', '.join(FAMILIES)} (Llama 2, 3.x, Tulu, Mistral, Qwen 2, 2.5, 3)")
+        default, fixed = FAMILIES[kind]
+        config = default | config | fixed
         if config.get("quantization_config"):
             raise ValueError(f"the weights are quantised ({config['quantization_config']}); accepted are float32, float16 and bfloat16")
         activation = config.get("hidden_act", "silu")
@@ -53,6 +75,7 @@ class ModelConfig:
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         scaling = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
         rotary_frequencies(head_dim, scaling=scaling)  # refuses types that it does not know
+        window = config.get("sliding_window") if config.get("use_sliding_window") else None
         eos = config.get("eos_token_id")
         return cls(
             vocab_size=config["vocab_size"],
@@ -62,13 +85,15 @@ class ModelConfig:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            max_position_embeddings=min(config.get("max_position_embeddings", 2048), window or math.inf),
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
             rope_scaling=scaling,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             attention_bias=bool(config.get("attention_bias", False)),
+            output_bias=bool(config.get("output_bias", config.get("attention_bias", False))),
             mlp_bias=bool(config.get("mlp_bias", False)),
+            qk_norm=bool(config.get("qk_norm", False)),
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         )
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from mtp_kernels.nn import GatedLoRALinear
 from mtp_model.checkpoint import load_adapter
+from mtp_model.config import FAMILIES
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PROJECTIONS = {
     "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
     "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",

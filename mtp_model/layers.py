@@ -39,7 +39,7 @@ def _straight(function: Callable[[Tensor], Tensor], x: Tensor, product: Callable
 
 
 class DecoderLayer(nn.Module):
-    """norm -> q/k/v -> rotary -> attention -> o -> norm -> gate/up -> SwiGLU -> down, adapters on the mask rows.
+    """norm -> q/k/v -> (norm of q and k heads) -> rotary -> attention -> o -> norm -> gate/up -> SwiGLU -> down, adapters on the mask rows.
 
     For a backward pass the layer keeps the inputs of norms and SwiGLU, and computes these again from them, for they are cheap.
     recompute: keep only the layer's input, and run the layer again there (activation checkpointing).
@@ -58,7 +58,10 @@ class DecoderLayer(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.input_norm = RMSNorm(d, config.rms_norm_eps, **factory)
         self.qkv_proj = GatedLoRALinear(d, (q, kv, kv), config.attention_bias, **factory)
-        self.o_proj = GatedLoRALinear(q, d, config.attention_bias, **factory)
+        # A weight for each head of q and k, so that all are normalised and rotated at once.
+        heads = torch.ones(self.heads + self.kv_heads, self.head_dim, **factory) if config.qk_norm else None
+        self.qk_norm, self.eps = None if heads is None else nn.Parameter(heads), config.rms_norm_eps
+        self.o_proj = GatedLoRALinear(q, d, config.output_bias, **factory)
         self.post_norm = RMSNorm(d, config.rms_norm_eps, **factory)
         self.gate_up_proj = GatedLoRALinear(d, (f, f), config.mlp_bias, **factory)
         self.down_proj = GatedLoRALinear(f, d, config.mlp_bias, **factory)
@@ -79,11 +82,11 @@ class DecoderLayer(nn.Module):
         through = remade if trained and not self.recompute else _straight
         qkv = through(self.input_norm, x, self.qkv_proj, gate).view(t, b, rotated + self.kv_heads, self.head_dim)
         if isinstance(rows.start, Tensor):  # the columns to write are known to the device alone
-            q = self.operations.rotary_write(qkv, *rotary, *cache.storage(self.index), rows.start)
+            q = self.operations.rotary_write(qkv, *rotary, *cache.storage(self.index), rows.start, self.qk_norm, self.eps)
             keys, values = cache.keys[self.index], cache.values[self.index]
         else:
             qk, v = qkv[:, :, :rotated], qkv[:, :, rotated:]
-            qk = self.operations.rotary_embedding(qk, *rotary)  # q and k heads together
+            qk = self.operations.rotary_embedding(qk, *rotary, self.qk_norm, self.eps)  # q and k heads together
             q, k = qk[:, :, :heads], qk[:, :, heads:]
             keys, values = cache.update(self.index, k, v, rows.start, keep=rows.num_ntp > 0)
         # Masks alone see NTP keys of a pass before theirs, which is a constant.

@@ -1,4 +1,4 @@
-"""Toy models: random Llamas of a few thousand parameters, saved by transformers and opened by the package."""
+"""Toy models: random Llamas (and their kin) of a few thousand parameters, saved by transformers and opened by the package."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ if not torch.cuda.is_available():  # before Triton is first imported, which tran
 
         interpreter_bfloat16.apply()
 
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from mtp_model import MTPConfig, load_model  # noqa: E402
 
@@ -29,10 +29,10 @@ TOY = dict(
 )  # fmt: skip
 
 
-def save_hf(directory, seed=0, max_shard_size=None, **config):
-    """A random LlamaForCausalLM in `directory`; returns it. Norm weights and biases are random too."""
+def save_hf(directory, seed=0, max_shard_size=None, family="llama", **config):
+    """A random model of transformers in `directory`; returns it. Norm weights and biases are random too."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**TOY | config)).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TOY | config), dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -1,6 +1,7 @@
 """`python -m bench.decode --shape`: a prescribed acceptance is met exactly, changes no text, and the numbers hang together."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,8 +25,11 @@ BATCH, CONTEXT, LENGTH = 2, 9, 33
 class Recorded:
     """A tiny model, prompts in a cache, and its text behind them."""
 
-    def __init__(self):
-        self.model = random_model(TINY, torch.device("cpu"), torch.float32, 4, 8)
+    def __init__(self, qk_norm=False):
+        self.model = random_model(replace(TINY, qk_norm=qk_norm), torch.device("cpu"), torch.float32, 4, 8)
+        if qk_norm:
+            for layer in self.model.layers:  # two weights, of q's two heads and of k's one
+                layer.qk_norm.data.copy_(torch.stack([torch.linspace(0.5, 2, 16), torch.linspace(3, 1, 16)])[[0, 0, 1]])
         self.prompts = torch.randint(0, TINY.vocab_size, (BATCH, CONTEXT), generator=torch.Generator().manual_seed(0))
         self.cache = KVCache(TINY, BATCH, CONTEXT + LENGTH + 81)
         text = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
@@ -134,7 +138,9 @@ def test_the_shapes():
     assert shape_config("demo").vocab_size == 1024
 
 
-def test_baselines_write_the_same_text(recorded):
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_baselines_write_the_same_text(recorded, qk_norm):
+    recorded = Recorded(True) if qk_norm else recorded
     for name in (decode_baselines.UNCAPTURED, decode_baselines.EAGER):
         tokens, seconds = decode_baselines.baseline(name, recorded.model)(recorded.prompts, LENGTH)
         assert tokens == recorded.tokens and seconds > 0, name

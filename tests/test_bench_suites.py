@@ -107,6 +107,16 @@ def test_competitors_are_right(operation):
     assert {r["status"] for r in rows} <= {"ok", "skipped"}, rows
 
 
+@pytest.mark.parametrize("operation", ["rotary_embedding", "rotary_write"])
+def test_a_model_with_normalised_heads_is_measured_with_them(operation):
+    """And its kernel's backward, where it has one, against float64."""
+    normed = cases(operation, model=replace(TOY, qk_norm=True))
+    assert all(case.shape.endswith(", normed") and case.make(CPU, torch.float32)["norm"] is not None for case in normed)
+    rows = list(measure.check_toys(normed, torch.bfloat16, kernels.interpreted()))
+    assert {r["status"] for r in rows if r["provider"] == OURS} == {"ok"}, rows
+    assert normed[0].count(2, False).bytes > cases(operation)[0].count(2, False).bytes
+
+
 def column_late(i):
     return suite_step.write_eager(i | dict(start=i["start"] + 1))
 

@@ -35,6 +35,7 @@ def make_batch(limit=None, lengths=(9, 6, 12)):
         (1, None, {}, dict(num_key_value_heads=4)),
         (2, 5, dict(mask_decay=0.5, lcm_weight=0.25), dict(num_key_value_heads=1, tie_word_embeddings=True)),
         (3, 2, dict(lcm_weight=3.0), dict(attention_bias=True)),
+        (2, None, {}, dict(family="qwen3")),
         (16, None, dict(mask_decay=0.9), {}),
     ],
 )

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import mtp_model.decode
 from mtp_model import Decoding, generate, load_model
@@ -14,18 +15,22 @@ NEW = 24
 MULTI = [mode for mode in MODES if mode != "autoregressive"]
 
 
-@pytest.fixture(scope="module")
-def oracle(shared):
+def texts_of(hf):
     """Greedy decoding by whole forward passes of transformers' model on the growing sequence."""
     texts = []
     with torch.no_grad():
         for prompt in PROMPTS:
             ids = list(prompt)
             for _ in range(NEW):
-                ids.append(int(shared.hf(torch.tensor([ids])).logits[0, -1].argmax()))
+                ids.append(int(hf(torch.tensor([ids])).logits[0, -1].argmax()))
             texts.append(ids[len(prompt) :])
     assert all(len(set(text)) > 1 for text in texts)
     return texts
+
+
+@pytest.fixture(scope="module")
+def oracle(shared):
+    return texts_of(shared.hf)
 
 
 def cut(tokens, eos):
@@ -52,6 +57,16 @@ def test_tokens_equal_autoregressive(shared, oracle, mode, k, batch, use_sampler
     assert len(set(stats.offered)) == 1 and stats.offered[0] > 0
     assert all(o >= a for o, a in zip(stats.offered, stats.accepted, strict=True))
     assert stats.accepted == sorted(stats.accepted, reverse=True)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_other_families_write_transformers_text(toy_adapter_model, tmp_path, family):
+    model = toy_adapter_model(k=3, family=family, seed=3)
+    expected = texts_of(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32))
+    for mode in MODES:
+        for static in (False, True):
+            result = generate(model, PROMPTS, mode=mode, max_new_tokens=NEW, static=static)
+            assert result.tokens == expected and (mode == "autoregressive" or result.stats.accepted[0] > 0)
 
 
 @pytest.mark.parametrize("candidates", [1, 2, 6])

@@ -1,4 +1,4 @@
-"""The model computes what transformers' Llama computes, and an adapter never touches an ordinary token's row."""
+"""The model computes what transformers' Llama and its kin compute, and an adapter never touches an ordinary token's row."""
 
 import json
 import weakref
@@ -6,10 +6,11 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtp_model import MTPConfig, load_model
 from mtp_model.cache import KVCache
+from mtp_model.config import ModelConfig
 from mtp_model.layers import remade
 from mtp_model.layout import decoding_layout, prefill_layout, training_layout
 
@@ -32,6 +33,11 @@ SHAPES = {
     "odd intermediate": dict(intermediate_size=37, vocab_size=61),
     "one layer": dict(num_hidden_layers=1, hidden_size=64),
     "sharded": dict(max_shard_size="10KB", vocab_size=97),
+    "mistral": dict(family="mistral", sliding_window=None),
+    "mistral, window": dict(family="mistral", sliding_window=40, head_dim=8),
+    "qwen2": dict(family="qwen2", tie_word_embeddings=True),
+    "qwen3": dict(family="qwen3", num_key_value_heads=1),
+    "qwen3, attention bias": dict(family="qwen3", attention_bias=True, head_dim=24),
 }
 
 
@@ -46,7 +52,7 @@ def ntp_pass(model, ids, start, cache):
 def test_logits_equal_transformers(make_hf_dir, name):
     directory = make_hf_dir(**SHAPES[name])
     assert (directory / "model.safetensors.index.json").exists() == (name == "sharded")
-    model, hf = load_model(directory), LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model, hf = load_model(directory), AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, model.config.vocab_size, (40, 2), generator=generator)
     expected = hf(ids.t()).logits.transpose(0, 1)
@@ -70,6 +76,32 @@ def test_logits_equal_transformers(make_hf_dir, name):
         wanted = torch.stack([expected[n : n + size, b] for b, n in enumerate(at)], dim=1)
         torch.testing.assert_close(ntp_pass(model, piece, at, cache), wanted, atol=1e-4, rtol=1e-4)
         cache.commit([size, size])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_a_config_leaves_out_is_transformers_default(family):
+    sizes = dict(vocab_size=50, hidden_size=256, intermediate_size=64, num_hidden_layers=2, num_attention_heads=32)
+    config, theirs = ModelConfig.from_hf(sizes | {"model_type": family}), AutoConfig.for_model(family, **sizes)
+    for name in ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"):
+        assert getattr(config, name) == getattr(theirs, name), name
+    assert config.head_dim == (getattr(theirs, "head_dim", None) or 256 // 32) and config.rope_theta == theirs.rope_parameters["rope_theta"]
+    window = getattr(theirs, "sliding_window", None)
+    assert config.max_position_embeddings == min(theirs.max_position_embeddings, window or 10**9)
+    parameters = dict(AutoModelForCausalLM.from_config(theirs).named_parameters())
+    for name, has in (("k_proj.bias", config.attention_bias), ("o_proj.bias", config.output_bias), ("q_norm.weight", config.qk_norm)):
+        assert (f"model.layers.0.self_attn.{name}" in parameters) == has, name
+
+
+def test_a_sliding_window_ends_what_the_model_is_made_for():
+    """Up to there it hides nothing; Qwen's configs name one that is not used."""
+    sizes = dict(vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    for family, window, used, expected in (
+        ("mistral", 4096, None, 4096), ("mistral", None, None, 9000), ("mistral", 10000, None, 9000),
+        ("qwen2", 4096, False, 9000), ("qwen2", 4096, True, 4096), ("qwen3", 4096, None, 9000), ("llama", 4096, None, 9000),
+    ):  # fmt: skip
+        values = sizes | dict(model_type=family, max_position_embeddings=9000, sliding_window=window)
+        values |= {} if used is None else dict(use_sliding_window=used)
+        assert ModelConfig.from_hf(values).max_position_embeddings == expected, (family, window, used)
 
 
 @torch.no_grad()

@@ -15,10 +15,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = [[1, 2, 3, 4, 5], [3, 1, 2]]
 
 
-@pytest.fixture
-def both(make_hf_dir, toy_adapter_model, tmp_path):
+@pytest.fixture(params=["llama"])
+def both(request, make_hf_dir, toy_adapter_model, tmp_path):
     """The same model and adapter on either implementation."""
-    save_adapter(toy_adapter_model(k=2, rank=4, num_hidden_layers=1), tmp_path / "adapter", {})
+    save_adapter(toy_adapter_model(k=2, rank=4, num_hidden_layers=1, family=request.param), tmp_path / "adapter", {})
 
     def load(implementation, dtype=torch.float32):
         model = load_model(tmp_path / "base", device=DEVICE, dtype=dtype, implementation=implementation)
@@ -36,12 +36,17 @@ def test_the_same_text(both, mode):
     assert result.tokens == expected and result.stats.passes == reference.stats.passes
 
 
+@pytest.mark.parametrize("both", ["qwen2", "qwen3"], indirect=True)
+def test_the_same_text_in_other_families(both):
+    test_the_same_text(both, "quadratic")
+
+
 def test_autoregressive_text(both):
     expected = generate(both("reference"), PROMPTS, mode="autoregressive", max_new_tokens=5, eos=()).tokens
     assert generate(both("triton"), PROMPTS, mode="autoregressive", max_new_tokens=5, eos=()).tokens == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("both, dtype", [("llama", torch.float16), ("llama", torch.bfloat16), ("qwen3", torch.bfloat16)], indirect=["both"], ids=str)
 def test_half_precision_text_is_autoregressive_text(both, dtype):
     """What the specification cannot promise: a row's bits do not depend on its neighbours in 16 bits either."""
     model = both("triton", dtype)
@@ -49,6 +54,7 @@ def test_half_precision_text_is_autoregressive_text(both, dtype):
     assert generate(model, PROMPTS[:1], mode="quadratic", max_new_tokens=5, eos=()).tokens == expected
 
 
+@pytest.mark.parametrize("both", ["llama", "qwen3"], indirect=True)
 def test_the_same_gradients(both):
     batch = collate([Example(np.array([1, 2, 3, 4, 5, 0, 1]), np.array([False] * 3 + [True] * 4))] * 2, torch.device(DEVICE))
     losses, gradients = [], []

@@ -407,23 +407,31 @@ def test_rotary_embedding(leading, dtype):
     inverse = formula(upstream, cos, -sin)  # the transposed rotation
     assert_within_budget(gradient, formula(upstream.double(), cos.double(), -sin.double()), inverse)
 
+    norm, results = randn(3, 16, seed=5, dtype=dtype), []
+    for kind, function in ((dtype, lambda *a: rotary_embedding(*a, norm, 0.5)), (torch.float64, None), (dtype, None)):
+        leaf, (c, s, w) = x.to(kind).requires_grad_(), (tensor.to(kind) for tensor in (cos, sin, norm))
+        y = function(leaf, c, s) if function else formula(leaf / (leaf.square().mean(-1, keepdim=True) + 0.5).sqrt() * w, c, s)
+        results.append((y.detach(), *torch.autograd.grad(y, leaf, upstream.to(kind))))
+    for ours, exact, eager in zip(*results, strict=True):
+        assert_within_budget(ours, exact, eager)
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t, heads, kv_heads, start", [(1, 1, 1, [0]), (3, 4, 2, [4, 0]), (2, 3, 3, [5, 1, 6]), (0, 2, 1, [3])])
 def test_rotary_write(t, heads, kv_heads, start, dtype):
-    b = len(start)
+    b, norm = len(start), randn(heads + kv_heads, 8, seed=3, dtype=dtype) if kv_heads == 2 else None
     qkv, keys, values = randn(t, b, heads + 2 * kv_heads, 8, dtype=dtype), randn(8, b, kv_heads, 8, dtype=dtype), randn(8, b, kv_heads, 8, dtype=dtype)
     cos, sin = (randn(t, b, 8, seed=seed, dtype=dtype) for seed in (1, 2))
     wanted_keys, wanted_values, q = keys.clone(), values.clone(), []
     for i in range(t):
         for j in range(b):
-            rotated = rotary_embedding(qkv[i, j], cos[i, j], sin[i, j])
+            rotated = rotary_embedding(qkv[i, j, : heads + kv_heads], cos[i, j], sin[i, j], norm)
             q.append(rotated[:heads])
-            wanted_keys[start[j] + i, j] = rotated[heads : heads + kv_heads]
+            wanted_keys[start[j] + i, j] = rotated[heads:]
             wanted_values[start[j] + i, j] = qkv[i, j, heads + kv_heads :]
     for integer in (torch.int32, torch.int64):
         into = keys.clone(), values.clone()
-        got = rotary_write(qkv, cos, sin, *into, torch.tensor(start, dtype=integer))
+        got = rotary_write(qkv, cos, sin, *into, torch.tensor(start, dtype=integer), norm)
         assert torch.equal(into[0], wanted_keys) and torch.equal(into[1], wanted_values)
         assert got.is_contiguous() and torch.equal(got, torch.stack(q).view(got.shape) if q else got)
 

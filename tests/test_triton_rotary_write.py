@@ -27,11 +27,11 @@ def caches(columns, b, kv_heads, d, dtype, device):
     return keys, values, lambda: (one(), other())
 
 
-def expected(qkv, cos, sin, keys, values, start):
+def expected(qkv, cos, sin, keys, values, start, *norm):
     """(q, keys, values) by the rotary kernel and a loop; rows whose column does not exist are nowhere."""
     kv_heads, columns = keys.shape[2], keys.shape[0]
     heads = qkv.shape[2] - 2 * kv_heads
-    qk = rotary_embedding(qkv[:, :, : heads + kv_heads], cos, sin, implementation="triton")
+    qk = rotary_embedding(qkv[:, :, : heads + kv_heads], cos, sin, *norm, implementation="triton")
     keys, values = keys.clone(), values.clone()
     for b, first in enumerate(start.tolist()):
         for t in range(qkv.shape[0]):
@@ -41,25 +41,27 @@ def expected(qkv, cos, sin, keys, values, start):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("t, heads, kv_heads, d, start", [
-    (1, 1, 1, 2, [0]), (3, 4, 2, 16, [4, 0]), (2, 3, 3, 80, [5, 1, 7]), (4, 33, 1, 96, [2]), (1, 2, 1, 128, [8, 3]), (0, 2, 1, 8, [1]),
+@pytest.mark.parametrize("t, heads, kv_heads, d, start, normed", [
+    (1, 1, 1, 2, [0], False), (3, 4, 2, 16, [4, 0], False), (2, 3, 3, 80, [5, 1, 7], False), (4, 33, 1, 96, [2], False),
+    (1, 2, 1, 128, [8, 3], False), (0, 2, 1, 8, [1], False), (3, 5, 1, 16, [4, 0], True), (2, 3, 1, 80, [5, 1, 7], True), (1, 28, 4, 128, [8], True),
 ])  # fmt: skip
-def test_bits_and_places(t, heads, kv_heads, d, start, dtype, device):
+def test_bits_and_places(t, heads, kv_heads, d, start, normed, dtype, device):
     b = len(start)
     qkv = guarded_randn((t, b, heads + 2 * kv_heads, d), dtype, device)
     cos, sin = tables(t, b, d, dtype, device)
     keys, values, untouched = caches(9, b, kv_heads, d, dtype, device)
     start = torch.tensor(start, device=device)
-    wanted = expected(qkv, cos, sin, keys, values, start)
+    norm = (guarded_randn((heads + kv_heads, d), dtype, device, 5), 0.1) if normed else ()
+    wanted = expected(qkv, cos, sin, keys, values, start, *norm)
     plain = keys.clone(), values.clone()
     with guarded_outputs(kernels):
-        q = fused(qkv, cos, sin, keys, values, start)
+        q = fused(qkv, cos, sin, keys, values, start, *norm)
     untouched()
     assert q.is_contiguous() and all(map(torch.equal, (q, keys, values), wanted))
-    from_reference = reference.rotary_write(qkv, cos, sin, *plain, start)
+    from_reference = reference.rotary_write(qkv, cos, sin, *plain, start, *norm)
     assert from_reference.is_contiguous() and torch.equal(plain[1], values)
     for one, other in ((from_reference, q), (plain[0], keys)):
-        torch.testing.assert_close(one, other, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(one, other, rtol=4 * torch.finfo(dtype).eps, atol=(32 if normed else 8) * torch.finfo(dtype).eps)
 
 
 def test_columns_that_do_not_exist_are_not_written(device):
@@ -111,8 +113,9 @@ def test_operator(device):
     def arguments():
         return torch.ones(2, 2, 8, 4, device=device), *tables(2, 2, 4, torch.float32, device), *caches(8, 2, 2, 4, torch.float32, device)[:2]
 
-    start = torch.tensor([1, 3], device=device)
-    torch.library.opcheck(torch.ops.mtp_kernels.rotary_write.default, (*arguments(), start), test_utils=("test_schema", "test_faketensor"))
+    start, operator = torch.tensor([1, 3], device=device), torch.ops.mtp_kernels.rotary_write.default
+    for norm in (None, torch.ones(6, 4, device=device)):
+        torch.library.opcheck(operator, (*arguments(), start, norm, 1e-6), test_utils=("test_schema", "test_faketensor"))
     compiled = torch.compile(lambda *x: fused(*x), fullgraph=True, backend="aot_eager")
     for one, other in ((arguments(), arguments()),):
         assert torch.equal(compiled(*one, start), fused(*other, start)) and all(map(torch.equal, one, other))
