@@ -36,7 +36,13 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 # ptxas moves a few bytes to memory by its own choice where registers are left (64 to 128 used of 255); above this they ran out.
 SPILL_ALLOWANCE = 64  # bytes per thread
-MATRIX_INSTRUCTION = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|v_s?mfma\w*?)(?=[._\s])")
+# In PTX or AMD's assembly -> the machine's, as a disassembler names them. It agrees on all that there is here, and takes as long as compiling.
+MATRIX_INSTRUCTIONS = {
+    r"\bmma\.sync\.[\w.]*\.f32\.b?f16\.": "HMMA",
+    r"\bwgmma\.mma_async\.[\w.]*\.f32\.b?f16\b": "HGMMA",
+    r"\btcgen05\.mma\.[\w.:]*kind::f16\b": "UTCHMMA",
+    r"\bv_s?mfma_": "mfma",
+}
 
 
 @dataclass(frozen=True)
@@ -308,13 +314,9 @@ def _resources(compiled, log: str) -> tuple[int, int]:
 
 
 def _matrix_instruction(compiled) -> str:
-    """Matrix instructions in the machine code, by name."""
-    if "amdgcn" in compiled.asm:
-        code = compiled.asm["amdgcn"]
-    else:
-        ptx = compiled.asm["ptx"]
-        code = compiled.asm["sass"] if "mma" in ptx else ""  # disassembling takes as long as compiling
-    return " ".join(sorted({re.sub(r"^v_s?mfma.*", "mfma", found) for found in MATRIX_INSTRUCTION.findall(code)}))
+    """Instructions that multiply matrices, by name: NVIDIA's of 16 bits, AMD's of any."""
+    code = compiled.asm["amdgcn" if "amdgcn" in compiled.asm else "ptx"]
+    return " ".join(name for pattern, name in MATRIX_INSTRUCTIONS.items() if re.search(pattern, code))
 
 
 def _problems(row: dict, ttir: str, expected: str | None) -> list[str]:
