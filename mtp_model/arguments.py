@@ -48,7 +48,7 @@ def load_tokenizer(directory: Path):
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, default=BASE, metavar="DIR", help="Hugging Face directory, Llama family (default: the demo model)")
+    parser.add_argument("--model", type=Path, default=BASE, metavar="DIR", help="Hugging Face directory: Llama, Mistral or Qwen (default: the demo model)")
     parser.add_argument("--device", type=device_name, default=default_device(), help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU that has it, else float32")
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: triton on a GPU, reference on a CPU")

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -454,6 +455,18 @@ def test_another_model_needs_its_own_adapter(command_line, capsys):
     for command in ("generate", "choose"):
         assert main([command, "--model", str(command_line[0] / "model"), *(["hello"] if command == "generate" else [])]) == 2
         assert "no --adapter was given" in capsys.readouterr().err
+
+
+def test_sequences_are_no_longer_than_the_model_was_made_for(command_line, tmp_path, capsys):
+    place, arguments = command_line
+    shutil.copytree(place / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 7}))
+    arguments = [*arguments, "--model", str(tmp_path / "model"), "--steps", "1", "--out"]
+    assert main([*arguments, str(tmp_path / "longer"), "--max-length", "8"]) == 2
+    assert "max_length is 8; accepted is up to the 7" in capsys.readouterr().err
+    assert main([*arguments, str(tmp_path / "out")]) == 0
+    assert load_adapter(tmp_path / "out").notes["max_length"] == 7 and "18 sequences" in capsys.readouterr().out
 
 
 def test_train_help_names_every_setting():

@@ -13,7 +13,7 @@ from mtp_model.train.parallel import World
 from mtp_model.train.trainer import Trainer, check_out
 from mtp_model.train.watch import Evaluation
 
-DESCRIPTION = """Train an adapter (masks, gated LoRA, sampler) for a frozen model of the Llama family.
+DESCRIPTION = """Train an adapter (masks, gated LoRA, sampler) for a frozen model (Llama, Mistral, Qwen).
 
 Data are JSON lines or parquet, each line or row one of
   {"prompt": ..., "response": ...}
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="JSON lines (or .parquet) files")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="directory to write")
     parser.add_argument("--resume", action="store_true", help="continue the run in OUT, if it holds one; its settings must be the same")
-    parser.add_argument("--max-length", type=int, default=1024, help="longer sequences are cut into several (default 1024)")
+    parser.add_argument("--max-length", type=int, help="longer sequences are cut into several (default 1024, or what the model was made for)")
     parser.add_argument("--store", type=Path, metavar="DIR", help="keep the tokens in this directory instead of in memory")
     parser.add_argument("--skip-broken", action="store_true", help="leave out lines that cannot be read, and report them")
     adapter = parser.add_argument_group("the adapter")
@@ -101,11 +101,14 @@ def _run(args: argparse.Namespace, config: TrainConfig, mtp: MTPConfig, world: W
     model = load_asked_model(args, "cpu" if shard else None)  # a model that is to be sharded may not fit one device
     tokenizer = load_tokenizer(args.model)
     dtype = str(model.dtype).split(".")[1]
-    eos = model.config.eos_token_ids[0] if model.config.eos_token_ids else None
+    eos, longest = model.config.eos_token_ids[0] if model.config.eos_token_ids else None, model.config.max_position_embeddings
+    max_length = min(1024, longest) if args.max_length is None else args.max_length
+    if max_length > longest:
+        raise ValueError(f"max_length is {max_length}; accepted is up to the {longest} that the model was made for")
 
     def read() -> Examples:
         return read_examples(
-            args.data, tokenizer, max_length=args.max_length, vocab_size=model.config.vocab_size, eos=eos,
+            args.data, tokenizer, max_length=max_length, vocab_size=model.config.vocab_size, eos=eos,
             skip_broken=args.skip_broken, store=args.store, progress=world.rank == 0,
         )  # fmt: skip
 
@@ -113,10 +116,8 @@ def _run(args: argparse.Namespace, config: TrainConfig, mtp: MTPConfig, world: W
     if args.eval_data:
         prompts = read_prompts(args.eval_data, tokenizer, vocab_size=model.config.vocab_size, limit=args.eval_prompts)
         evaluation = Evaluation(tuple(map(tuple, prompts)), args.eval_every, max_new_tokens=args.eval_new_tokens)
-    if args.max_length > model.config.max_position_embeddings:
-        raise ValueError(f"max_length is {args.max_length}; accepted is up to the {model.config.max_position_embeddings} that the model was made for")
     examples = world.one_by_one(read) if args.store else read()
-    notes = {"data": [path.name for path in args.data], "max_length": args.max_length, "dtype": dtype}
+    notes = {"data": [path.name for path in args.data], "max_length": max_length, "dtype": dtype}
     trainer = Trainer(model, examples, mtp, config, args.out, resume=args.resume, notes=notes, evaluation=evaluation, world=world, shard=shard)
     if world.rank == 0:
         where = args.device if world.size == 1 else f"{world.size} processes{' (sharded)' if shard else ''}"
