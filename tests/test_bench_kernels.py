@@ -26,14 +26,14 @@ def without_gpu(monkeypatch):
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """The command in a process of its own: (finished process, directory of its files)."""
+    """The command in a process of its own, which interprets: (finished process, directory of its files)."""
     pytest.importorskip("triton")
     out = tmp_path_factory.mktemp("kernels")
     arguments = ["--quick", "--rows", "17", "--operation", "gated_lora_swiglu", "rms_norm", "attention", "--out", str(out)]
-    environment = os.environ | dict(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    process = subprocess.run(
-        [sys.executable, "-m", "bench.kernels", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
+    places = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    environment = os.environ | dict(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1", OMP_NUM_THREADS="1", PYTHONPATH=places)
+    code = "import interpreter_speed, sys; interpreter_speed.apply(); from bench.kernels import main; sys.exit(main())"
+    process = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     return process, out
 
 
