@@ -1,6 +1,8 @@
 """Decoding writes what the model alone would write, counts honestly, and accepts only prefixes."""
 
 import json
+import time
+import warnings
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import mtp_model.decode
 from mtp_model import Decoding, generate, load_model
+from mtp_model.decode import DecodeStats
 from mtp_model.layout import MODES
 
 PROMPTS = [[1, 2, 3, 4, 5], [0], [5, 5, 1], [2, 0, 4, 1, 3, 3, 2, 5, 0]]
@@ -236,6 +239,21 @@ def test_seconds(shared):
     assert generate(shared.model, PROMPTS[:1], mode="autoregressive", max_new_tokens=3).stats.seconds["draft"] == 0
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_the_callers_time_is_not_decodings(shared, static):
+    options = dict(mode="autoregressive", max_new_tokens=4, eos=(), static=static)
+    generate(shared.model, PROMPTS[:1], **options)  # recording a step takes long
+    decoding = Decoding(shared.model, PROMPTS[:1], **options)
+    for _ in decoding:
+        time.sleep(0.2)
+    assert max(decoding.stats.seconds.values()) < 0.4
+
+
+def test_pooled_and_mean_tokens_per_step():
+    stats = DecodeStats(passes=[1, 8], tokens=[4, 8], offered=[], accepted=[])
+    assert stats.tokens_per_step == 12 / 9 and stats.mean_tokens_per_step == 2.5
+
+
 @pytest.mark.parametrize(
     "options, word",
     [
@@ -287,6 +305,9 @@ def test_prompts_may_be_tensors(shared, oracle):
 def test_longer_than_the_model_was_made_for(toy_model):
     with pytest.warns(UserWarning, match="may become 2049 tokens long; the model was made for 2048"):
         Decoding(toy_model, [[1] * 2000], max_new_tokens=49)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Decoding(toy_model, [[1] * 2000], max_new_tokens=48)
 
 
 def test_a_loop_that_was_left_goes_on(shared):

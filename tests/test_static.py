@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_model import Decoding, generate, load_adapter, load_model, save_adapter, static
 from mtp_model.layout import MODES
-from mtp_model.static import StaticStep
+from mtp_model.static import StaticStep, keep_step, take_step
 
 PROMPTS = [[1, 2, 3, 4, 5], [0], [5, 5, 1], [2, 0, 4, 1, 3, 3, 2, 5, 0]]
 
@@ -185,6 +185,38 @@ def test_a_long_context_of_many_lengths(toy_adapter_model):
     assert fixed.tokens == host.tokens and fixed.stats.accepted == host.stats.accepted
     (step,) = model.kept_steps.values()
     assert set(step._recorded) == {step.cache.columns} == {768}  # no more than there are
+
+
+def test_a_step_whose_cache_is_too_small_is_not_taken(toy_adapter_model):
+    model = toy_adapter_model(k=2)
+    options = "linear", 2, True, None, frozenset()
+    step = take_step(model, 1, 200, *options)
+    keep_step(step)
+    assert take_step(model, 1, 256, *options) is step
+    keep_step(step)
+    assert take_step(model, 1, 257, *options).cache.capacity == 512
+
+
+@pytest.mark.parametrize("mode", ["autoregressive", "quadratic"])
+def test_every_row_of_a_step_is_within_its_columns(toy_adapter_model, monkeypatch, mode):
+    """From lengths at which only a step's last rows stand behind the first 256 columns, to one at which all of them do."""
+    model = toy_adapter_model(k=2)
+    monkeypatch.setattr(static, "TRACES", False)
+    ends = []
+    original = model.forward
+    monkeypatch.setattr(model, "forward", lambda rows, cache: ends.append((rows, original(rows, cache))) or ends[-1][1])
+    generate(model, [[1, 2, 3, 4] * 60], mode=mode, max_new_tokens=24, eos=(), static=True)
+    steps = [rows for rows, _ in ends[1:]]
+    assert {rows.num_keys for rows in steps} == {256, 512}
+    assert all(int(rows.mask_start.max()) + rows.num_masks <= rows.num_keys for rows in steps)
+
+
+def test_a_step_of_other_options_is_not_taken(toy_adapter_model):
+    model = toy_adapter_model(k=3)
+    for options in ({}, dict(draft_candidates=1), dict(use_sampler=False), dict(eos=[2])):
+        fixed, host = both_ways(model, mode="quadratic", **dict(max_new_tokens=20, eos=()) | options)
+        assert fixed.tokens == host.tokens and fixed.stats.accepted == host.stats.accepted, options
+    assert len(model.kept_steps) == 4
 
 
 def test_without_torchscript(toy_adapter_model, monkeypatch):
