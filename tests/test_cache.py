@@ -56,6 +56,11 @@ def test_capacity():
     assert columns(cache, 0, 1) == [1, 1, 1, 0, 0, 0]
     with pytest.raises(ValueError):
         cache.commit([1])
+    cache.commit([6, 2])  # full
+    for counts in ([1, 0], [0, -1]):
+        with pytest.raises(ValueError, match="accepted are 0 or more, up to the cache's 6 columns"):
+            cache.commit(counts)
+    assert cache.lengths == [6, 2]
 
 
 def test_rows_with_gradients_are_not_kept():

@@ -191,7 +191,11 @@ def test_parts_of_a_pass():
         (lambda: training_layout(3, torch.tensor([[-1]]), 2), "rows 0 to 2"),
         (lambda: training_layout(3, torch.tensor([[1]]), 17), "k is 17"),
         (lambda: prefill_layout([3], 2).at(torch.zeros(2, 1, dtype=torch.int64), [0]), "ids have shape"),
+        (lambda: training_layout(3, torch.tensor([[1]]), 2, torch.tensor([[0], [2], [2]])), "each entry from 0 to its own row"),
+        (lambda: training_layout(3, torch.tensor([[1]]), 2, torch.tensor([[0], [-1], [2]])), "each entry from 0 to its own row"),
         (lambda: prefill_layout([3], 2).at(torch.zeros(3, 1, dtype=torch.int64), [0, 0]), "start has 2"),
+        (lambda: prefill_layout([3], 2).at(torch.zeros(3, 1, dtype=torch.int64), torch.tensor([0])), "num_keys is None"),
+        (lambda: prefill_layout([3], 2).at(torch.zeros(3, 1, dtype=torch.int64), [0], num_keys=9), "num_keys is 9"),
     ],
 )
 def test_errors(build, word):
