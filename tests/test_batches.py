@@ -133,6 +133,10 @@ def test_buckets_and_packing_save_padding():
     assert share["plain"] < 0.5 < 0.85 < share["buckets"] and share["packed"] > 0.98
 
 
+def test_efficiency_of_a_last_batch_that_is_not_full():
+    assert Batches([7] * 5, 2, 0).efficiency == 1
+
+
 def test_buckets_stay_whole_in_every_epoch():
     """Epochs that do not end with a batch: only what shares a batch with the next epoch is mixed."""
     lengths = np.clip(np.random.default_rng(0).lognormal(4, 1, 8 * 100 + 3), 3, 512).astype(np.int64)

@@ -188,6 +188,13 @@ def test_logged_numbers(toy_adapter_model):
     assert losses.loss > parts / (losses.rows + 40) and losses.ntp > 0 and losses.lcm > 0
 
 
+def test_report_divides_each_sum_by_its_own_count():
+    counts = [[4, 2], [3, 1], [2, 2]]  # labels of each mask, the base's right guesses, the sampler's
+    found = report(torch.tensor([9.0, 6.0, 12.0, 18.0, 0.5, 3.0, *sum(counts, [])], dtype=torch.float64), sampler=True)
+    assert (found.loss, found.ntp, found.base, found.sampler, found.lcm, found.rows) == (9.0, 2.0, 2.0, 3.0, 0.5, 6)
+    assert (found.right_base, found.right_sampler) == ([0.75, 0.5], [0.5, 1.0])
+
+
 def test_padding_does_not_matter(toy_adapter_model):
     """What stands behind a sequence's end changes nothing."""
     model = toy_adapter_model(k=2)
@@ -270,6 +277,16 @@ def test_packed_documents_are_documents(toy_adapter_model):
         torch.testing.assert_close(sums, results[0][0], rtol=1e-5, atol=1e-5)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, results[0][1][name], rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_anchors_of_packed_documents_are_the_documents():
+    """None where the first mask's label would be another document's."""
+    one, two, three = make_examples()
+    examples, starts = (two, one, three), (0, len(two.ids), len(two.ids) + len(one.ids))
+    wanted = [start + p for start, e in zip(starts, examples, strict=True) for p in candidates(e)]
+    for limit in (None, 99):
+        chosen, real = choose_anchors(collate([list(examples)]), limit)
+        assert chosen[real].tolist() == wanted
 
 
 def test_parts_of_a_batch_add_up(toy_adapter_model):
