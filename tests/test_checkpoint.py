@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtp_model import ModelConfig, MTPConfig, MTPModel, load_adapter, load_model, save_adapter
+from mtp_model import ModelConfig, MTPConfig, MTPModel, checkpoint, load_adapter, load_model, save_adapter
 from mtp_model.cache import KVCache
+from mtp_model.checkpoint import export_adapter, import_adapter
 from mtp_model.layout import prefill_layout
 
 
@@ -62,6 +63,33 @@ def test_names_and_shapes(toy_adapter_model, tmp_path):
     stacked = model.layers[1].qkv_proj
     assert torch.equal(stacked.lora_A[2:4], tensors["layers.1.k_proj.lora_A"])
     assert torch.equal(stacked.lora_B[q + kv :], tensors["layers.1.v_proj.lora_B"])
+
+
+@pytest.mark.parametrize("targets", [("k_proj", "up_proj"), ("q_proj", "v_proj", "o_proj")])
+def test_tensors_of_some_projections_come_back(toy_adapter_model, targets):
+    model = toy_adapter_model(k=2, adapter=dict(target_modules=targets))
+    tensors = export_adapter(model)
+    with torch.no_grad():
+        for parameter in model.adapter_parameters().values():
+            parameter.zero_()
+    import_adapter(model, tensors)
+    again = export_adapter(model)
+    assert again.keys() == tensors.keys() and all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+
+def test_an_interrupted_save_leaves_the_file_before(toy_adapter_model, tmp_path, monkeypatch):
+    model = toy_adapter_model(k=2)
+    save_adapter(model, tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+
+    def interrupted(tensors, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(model, tmp_path / "adapter")
+    assert {name: (tmp_path / "adapter" / name).read_bytes() for name in before} == before
 
 
 def test_nothing_to_save(toy_model, tmp_path):

@@ -506,6 +506,22 @@ def test_an_adapter_directory(make_hf_dir, tmp_path):
 
 
 @torch.no_grad()
+def test_an_error_in_a_pass_leaves_no_gate():
+    """Between attention, which takes the gate, and the MLP's end."""
+    model, ids = with_adapter(plain()), tokens(1, 5)
+    attention, x = model.model.layers[0].self_attn, torch.randn(1, 5, 32)
+
+    def fail(*_):
+        raise RuntimeError("in between")
+
+    handle = attention.o_proj.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in between"):
+        model(ids, gate=2)
+    handle.remove()
+    assert torch.equal(attention.q_proj(x), F.linear(x, attention.q_proj.weight, attention.q_proj.bias))
+
+
+@torch.no_grad()
 def test_contexts_left_in_another_order():
     model, ids = with_adapter(plain()), tokens(1, 5)
     off, two = model(ids).logits, model(ids, gate=2).logits
@@ -513,6 +529,7 @@ def test_contexts_left_in_another_order():
     outer.__enter__()
     inner.__enter__()
     outer.__exit__(None, None, None)
+    assert torch.equal(model(ids).logits, model(ids, gate=0).logits)
     inner.__exit__(None, None, None)
     assert torch.equal(model(ids).logits, off) and not torch.equal(off, two)
 

@@ -327,3 +327,10 @@ def test_sampler_drafts_from_candidates():
         assert torch.equal(drafts, ops.sampler_draft(z, first, table, head.weights(), table, candidates=candidates))
     assert torch.equal(drafts, head.draft(z, first, table, table))
     assert torch.equal(head.draft(z, first, table, table, 1), (z @ table.t()).argmax(-1))
+
+
+def test_projections_that_are_not_targets_get_no_gradient():
+    module = GatedLoRALinear(8, (4, 6, 2))
+    module.add_adapter(3, targets=(True, False, True))
+    module(torch.randn(5, 8), 0).square().sum().backward()
+    assert [bool(part.any()) for part in module.lora_B.grad.split(module.splits)] == [True, False, True]
