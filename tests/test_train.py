@@ -27,8 +27,9 @@ from mtp_model.__main__ import main
 from mtp_model.cache import KVCache
 from mtp_model.data import Example, collate
 from mtp_model.layout import prefill_layout
-from mtp_model.loss import mtp_loss
-from mtp_model.train import Evaluation, TrainingFailed
+from mtp_model.loss import mtp_loss, report
+from mtp_model.train import Evaluation, TrainingFailed, trainer, watch
+from mtp_model.train.parallel import World
 
 ROOT = Path(__file__).resolve().parents[1]
 MTP = MTPConfig(2, 3)
@@ -132,6 +133,20 @@ def test_other_settings_are_refused(model, uninterrupted, changes, name):
         Trainer(model, data, mtp, settings(**changes), uninterrupted, resume=True)
 
 
+def test_every_setting_that_changes_the_result_is_held(model, uninterrupted):
+    """And what was read: as many examples of other tokens are another run."""
+    other = dict(accumulate=2, clip=2.0, weight_decay=0.1, drop_masks=0.5, lcm_weight=0.5, mask_decay=0.5, soft_targets=0.5, pack_length=30, buckets=True,
+                 batch_size=3, warmup=4, decay=0.1, anchors_per_sequence=2, lr=1e-3, seed=1, steps=13, train_masks=True)  # fmt: skip
+    assert other.keys() == {f.name for f in dataclasses.fields(TrainConfig)} - {"save_every", "log_every", "recompute"}
+    for name, value in other.items():
+        with pytest.raises(ValueError, match=rf"\b{name}: "):
+            Trainer(model, examples(), MTP, settings(**{name: value}), uninterrupted, resume=True)
+    changed = examples()
+    changed[3].ids[0] ^= 1
+    with pytest.raises(ValueError, match=r"\bdata: "):
+        Trainer(model, changed, MTP, settings(), uninterrupted, resume=True)
+
+
 def test_another_base_is_refused(uninterrupted, toy_model):
     with pytest.raises(ValueError, match="base"):
         Trainer(toy_model, examples(), MTP, settings(), uninterrupted, resume=True)
@@ -206,6 +221,47 @@ def test_dropped_masks(model, tmp_path):
     trainer = Trainer(model, examples(), MTPConfig(4, 2), settings(drop_masks=0.5), tmp_path)
     masks = [trainer._pass(number)[1]["masks"] for number in range(60)]
     assert 15 <= sum(k < 4 for k in masks) <= 45 and set(masks) == {1, 2, 3, 4}
+    always = Trainer(model, examples(), MTPConfig(4, 2), settings(drop_masks=1.0), tmp_path)
+    assert {always._pass(number)[1]["masks"] for number in range(60)} == {1, 2, 3}
+
+
+def test_anchors_are_drawn_from_the_seed(model, tmp_path):
+    """Of one long example, which every seed's batches hold alike."""
+    long = [Example(np.zeros(60, np.int32), np.ones(60, bool))]
+    drawn = set()
+    for seed in (0, 1, 2):
+        run = Trainer(model, long, MTP, settings(batch_size=1, seed=seed), tmp_path)
+        drawn |= {tuple(run._pass(number)[1]["anchors"][0].flatten().tolist()) for number in (0, 1, 0)}
+    assert len(drawn) == 6
+
+
+def test_the_recipe_reaches_the_loss(model, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(trainer, "mtp_loss", lambda *args, **options: asked.append(options) or mtp_loss(*args, **options))
+    recipe = dict(lcm_weight=0.25, mask_decay=0.75, soft_targets=0.5)
+    Trainer(model, examples(), MTP, settings(**recipe), tmp_path).train_step()
+    assert {name: asked[0][name] for name in recipe} == recipe
+
+
+def test_weight_decay(model, tmp_path):
+    """At the first step A has no gradient, for B is zero: all that moves it is its decay."""
+    run = Trainer(model, examples(), MTP, settings(weight_decay=0.5, lr=0.1, warmup=0), tmp_path)
+    before = model.layers[0].o_proj.lora_A.detach().clone()
+    run.train_step()
+    torch.testing.assert_close(model.layers[0].o_proj.lora_A.detach(), before * (1 - 0.1 * 0.5))
+
+
+def test_logged_time_goes_on_when_resumed(model, tmp_path, monkeypatch):
+    """Seconds are of the whole run, tokens per second of the step."""
+    run = Trainer(model, examples(), MTP, settings(), tmp_path)
+    ticks = iter(range(0, 1000, 2))
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(ticks))
+    records = [run.train_step() for _ in range(2)]
+    run.save()
+    records.append(Trainer(model, examples(), MTP, settings(), tmp_path, resume=True).train_step())
+    assert [record["seconds"] for record in records] == [2, 4, 6]
+    for number, record in enumerate(records):
+        assert record["tokens_per_second"] == sum(len(examples()[i].ids) for i in batch_indices(7, 2, number, 0)) / 2
 
 
 def test_held_out_evaluation(model, tmp_path):
@@ -223,6 +279,23 @@ def test_held_out_evaluation(model, tmp_path):
     assert found[12]["mean_tokens_per_step"] == pytest.approx(stats.mean_tokens_per_step, abs=1e-4)
     with pytest.raises(ValueError, match="no prompts"):
         Evaluation((), 5)
+
+
+def test_an_evaluation_decodes_as_asked_and_leaves_the_model_as_it_was(toy_adapter_model, monkeypatch):
+    model, seen = toy_adapter_model(k=2), []
+    monkeypatch.setattr(watch, "generate", lambda model, prompts, **options: seen.append((model.training, options)) or generate(model, prompts, **options))
+    prompts = ((1, 2, 3), (4, 0))
+    for training in (True, False):
+        model.train(training)
+        found = Evaluation(prompts, 1, mode="linear", k=1, max_new_tokens=9).run(model, World())
+        assert model.training == training and not model.kept_steps
+        stats = generate(model.eval(), prompts, mode="linear", k=1, max_new_tokens=9).stats
+        assert (found["tokens"], found["k"], found["tokens_per_step"]) == (18, 1, round(stats.tokens_per_step, 4))
+        model.kept_steps.clear()
+    assert [(was, o["mode"], o["k"], o["max_new_tokens"]) for was, o in seen] == [(False, "linear", 1, 9)] * 2
+
+
+def test_evaluations_that_are_none():
     with pytest.raises(ValueError, match="every is 0"):
         Evaluation(((1,),), 0)
 
@@ -280,13 +353,26 @@ def test_a_loss_that_is_no_number_ends_the_run(model, tmp_path):
     assert Trainer(model, examples(), MTP, settings(save_every=2), tmp_path, resume=True).step == 3
 
 
+def test_a_gradient_that_is_no_number_ends_the_run(model, tmp_path):
+    run = Trainer(model, examples(), MTP, settings(), tmp_path)
+    model.layers[0].o_proj.lora_B.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingFailed, match="the gradient norm (inf|nan) at step 1"):
+        run.run()
+
+
+def test_signals_are_the_callers_again(model, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert Trainer(model, examples(), MTP, settings(steps=1), tmp_path).run()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_accumulation(model, tmp_path):
     """A step of two passes reports the mean loss of both, and moves along the mean of their gradients."""
     config = settings(accumulate=2, clip=1e9, anchors_per_sequence=None)
     trainer = Trainer(model, examples(), MTP, config, tmp_path)
     model_parameters = trainer.parameters
     start = {n: p.detach().clone() for n, p in model_parameters.items()}
-    totals, gradients = [], {n: torch.zeros_like(p) for n, p in start.items()}
+    totals, reports, gradients = [], [], {n: torch.zeros_like(p) for n, p in start.items()}
     for number in (0, 1):
         batch = collate([examples()[i] for i in batch_indices(7, 2, number, config.seed)])
         total = mtp_loss(model, batch).total
@@ -295,8 +381,11 @@ def test_accumulation(model, tmp_path):
         ):
             gradients[name] += gradient / 2
         totals.append(float(total.detach()))
+        reports.append(report(mtp_loss(model, batch).sums, sampler=True))
     record = trainer.train_step()
     assert record["loss"] == pytest.approx(sum(totals) / 2, rel=1e-6)
+    for name in ("right_base", "right_sampler"):
+        assert record[name] == pytest.approx([sum(pair) / 2 for pair in zip(*(getattr(r, name) for r in reports), strict=True)], abs=1e-4)
     norm = sum(float(g.pow(2).sum()) for g in gradients.values()) ** 0.5
     assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
@@ -304,6 +393,11 @@ def test_accumulation(model, tmp_path):
 def test_clipping_bounds_the_step(model, tmp_path):
     record = Trainer(model, examples(), MTP, settings(clip=1e-3), tmp_path).train_step()
     assert record["grad_norm"] > 1e-3
+    for bound, scale in ((2.5, 0.5), (5.0, 1.0), (10.0, 1.0)):  # the norm is returned as it was; a smaller one is left alone
+        one, two = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+        one.grad, two.grad = torch.tensor([3.0]), torch.tensor([-4.0])
+        assert World().clip_gradients([one, torch.nn.Parameter(torch.zeros(2)), two], bound) == 5.0
+        assert (one.grad.item(), two.grad.item()) == (3 * scale, -4 * scale)
 
 
 def test_learning_rate():
@@ -488,6 +582,10 @@ def test_out_is_no_place_for_a_run(model, tmp_path):
         with pytest.raises(ValueError, match=word):
             Trainer(model, examples(), MTP, settings(), run, resume=resume)
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    early = tmp_path / "early"
+    early.mkdir()
+    (early / "log.jsonl").touch()  # a run that was stopped before its first line
+    Trainer(model, examples(), MTP, settings(), early)
     with pytest.raises(ValueError, match="cannot be made or written to"):
         Trainer(model, examples(), MTP, settings(), run / "log.jsonl" / "deeper")
     (run / "checkpoint.safetensors").write_bytes(b"cut off")
