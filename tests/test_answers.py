@@ -6,9 +6,10 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from mtp_model import generate, load_model
+from mtp_model import __main__, answers, generate, load_model
 from mtp_model.answers import AnswerOptions, write_answers
 from mtp_model.data import read_examples
+from mtp_model.demo import ADAPTER
 from mtp_model.records import read_prompts
 
 PROMPTS = [[1, 2, 3], [4], [5, 0, 2, 2], [3, 3], [1]]
@@ -90,7 +91,8 @@ def test_prompts_of_every_form(tmp_path, tokenizer):
     prompts = read_prompts([path], tokenizer, vocab_size=6, text_tokens=4)
     assert prompts[:4] == [[1, 2, 3], [1], [5, 1], [1, 2, 3, 3]]
     assert prompts[4:] == [[0, 1, 2, 4], [0, 1, 4, 2, 0, 3, 4]]  # u and a stand for the roles
-    assert read_prompts([path], tokenizer, vocab_size=6, limit=2) == prompts[:2]
+    assert read_prompts([path], tokenizer, vocab_size=6, limit=2) == read_prompts([path, path], tokenizer, vocab_size=6, limit=2) == prompts[:2]
+    assert len(read_prompts([path, path], tokenizer, vocab_size=6, limit=8)) == 8
 
 
 @pytest.mark.parametrize(
@@ -106,3 +108,19 @@ def test_broken_prompts(tmp_path, tokenizer, text, message):
     (tmp_path / "p.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no prompt"):
         read_prompts([tmp_path / "p.jsonl"], tokenizer, vocab_size=6)
+
+
+@pytest.mark.parametrize(
+    "flags, mode, k",
+    [([], "autoregressive", None), (["--adapter", str(ADAPTER)], "linear", None),
+     (["--adapter", str(ADAPTER), "--mode", "quadratic", "--k", "2"], "quadratic", 2)],
+)  # fmt: skip
+def test_command_line(tmp_path, monkeypatch, capsys, flags, mode, k):
+    asked, out = [], tmp_path / "out.jsonl"
+    monkeypatch.setattr(answers, "generate", lambda model, prompts, **options: asked.append(options) or generate(model, prompts, **options))
+    (tmp_path / "p.jsonl").write_text('{"prompt_ids": [5, 6], "response_ids": [7]}\n{"text": "import os"}\n{"prompt": "def"}\n')
+    arguments = ["answers", "--data", str(tmp_path / "p.jsonl"), "--out", str(out), "--limit", "2", "--prompt-tokens", "1", "--batch", "1"]
+    assert __main__.main([*arguments, "--max-new-tokens", "3", "--device", "cpu", *flags]) == 0
+    assert [(o["mode"], o["k"], o["max_new_tokens"]) for o in asked] == [(mode, k, 3)] * 2
+    assert [(len(r["prompt_ids"]), len(r["response_ids"])) for r in written(out)] == [(2, 3), (1, 3)]
+    assert "2 answers in" in capsys.readouterr().out

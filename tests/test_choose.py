@@ -1,11 +1,12 @@
 """Choosing mode and k by measurement: every way is measured, on the same text, and what is slow comes last."""
 
+import statistics
 import time
 
 import pytest
 
 from mtp_model import __main__, choose, generate, static
-from mtp_model.choose import measure
+from mtp_model.choose import Measured, measure
 
 PROMPTS = [[1, 2, 3, 4, 5], [0], [5, 5, 1]]
 
@@ -20,7 +21,7 @@ def test_every_way_is_measured(shared):
         assert way.tokens == 24 and len(way.seconds) == 2
         results = [generate(shared.model, batch, max_new_tokens=8, eos=(), **way.options).stats for batch in (PROMPTS[:2], PROMPTS[2:])]
         assert way.passes == sum(sum(stats.passes) for stats in results)
-        assert way.tokens_per_step == 24 / way.passes
+        assert way.tokens_per_step == 24 / way.passes and way.tokens_per_second == 24 / statistics.median(way.seconds)
     (plain,) = [way for way in ranking if way.mode == "autoregressive"]
     assert plain.tokens_per_step == 1 and plain.k is None
 
@@ -81,3 +82,11 @@ def test_command_line(capsys):
     assert lines[-1].startswith("fastest here, with 1 side by side: --mode ") and "1.00x" in "".join(lines)
     assert __main__.main([*arguments, "--k", "9"]) == 2
     assert "accepted are 1 to the adapter's 8" in capsys.readouterr().err
+
+
+def test_speedups_are_over_autoregressive(monkeypatch, capsys):
+    ranking = [Measured("quadratic", 2, [2.0], 40, 20), Measured("autoregressive", None, [4.0], 40, 40), Measured("linear", 3, [8.0], 40, 10)]
+    monkeypatch.setattr(choose, "measure", lambda *args, **options: ranking)
+    assert __main__.main(["choose", "--limit", "1", "--device", "cpu"]) == 0
+    lines = [line.split()[-3:] for line in capsys.readouterr().out.splitlines()[1:4]]
+    assert lines == [["20", "2.00x", "2.00"], ["10", "1.00x", "1.00"], ["5", "0.50x", "4.00"]]
