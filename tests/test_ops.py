@@ -528,6 +528,18 @@ def test_sampler_draft_takes_the_lowest_id_on_a_tie():
     assert drafts.tolist() == [[0, 0, 0]] * 2
 
 
+def test_sampler_draft_takes_the_lowest_id_of_a_shortlist_on_a_tie():
+    """Whichever the mask itself would rather have."""
+    weights, _ = sampler(8)
+    for parameter in (weights.norm2_weight, weights.norm2_bias):
+        parameter.data[-1] = 0  # what the sampler says is nothing in the last place, in which alone the tokens differ
+    lm_head = randn(1, 8).repeat(40, 1)
+    lm_head[:, -1] = torch.arange(40)
+    z = torch.cat([torch.zeros(2, 3, 7), torch.ones(2, 3, 1)], dim=-1)
+    drafts = sampler_draft(z, torch.tensor([1, 2]), randn(40, 8), weights, lm_head, candidates=9)
+    assert drafts.tolist() == [[31, 31, 31]] * 2
+
+
 @pytest.mark.parametrize("candidates", [1, 2, 5, 10, 11])
 @pytest.mark.parametrize("batch, k", [(1, 1), (3, 4), (2, 8)])
 @torch.no_grad()

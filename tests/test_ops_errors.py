@@ -115,6 +115,7 @@ CASES = [
     ("gated_lora_linear", dict(gate=1.0), "gate is 1.0"),
     ("gated_lora_linear", dict(gate=zeros(3, 2)), "gate has shape"),
     ("gated_lora_linear", dict(gate=zeros(6, dtype=torch.bool)), "gate has shape"),
+    ("gated_lora_linear", dict(gate=integers(3, 2)), "gate has shape"),
     ("gated_lora_linear", dict(gate=zeros(3, 2, dtype=torch.bool, device=META)), "gate .* on meta"),
     ("attention", dict(q=zeros(5, 2, 32)), "q has shape"),
     ("attention", dict(k=zeros(2, 7, 8)), "k "),
@@ -186,6 +187,7 @@ CASES = [
     ("rotary_write", dict(values=zeros(7, 2, 2, 8)[..., ::2]), "values has stride 2 along D; accepted is 1"),
     ("rotary_write", dict(qkv=zeros(3, 2, 8, 4).requires_grad_()), "requires gradients; accepted are"),
     ("rotary_write", dict(keys=zeros(7, 2, 2, 4).requires_grad_()), "requires gradients"),
+    ("rotary_write", dict(values=zeros(7, 2, 2, 4).requires_grad_()), "requires gradients"),
     ("linear_argmax", dict(hidden=zeros(3, 5)), "hidden has shape"),
     ("linear_argmax", dict(hidden=zeros(())), "hidden has shape"),
     ("linear_argmax", dict(weight=zeros(4)), "weight"),
@@ -273,3 +275,10 @@ def test_refused(name, changes, word):
 def test_a_frozen_pass_may_hold_tensors_that_require_gradients():
     with torch.no_grad():
         mtp_kernels.rotary_write(**valid("rotary_write") | dict(qkv=zeros(3, 2, 8, 4).requires_grad_()))
+
+
+def test_a_rule_that_served_is_checked_for_another_pass():
+    arguments = valid("attention")
+    mtp_kernels.attention(**arguments)
+    with pytest.raises(ValueError, match="rule.visible has shape"):
+        mtp_kernels.attention(**arguments | dict(q=zeros(6, 2, 4, 8)))

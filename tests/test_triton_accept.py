@@ -154,7 +154,7 @@ def state_by_loop(drafts, predictions, counts, lengths, room, finished, eos):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
-@pytest.mark.parametrize("b, k, ends", [(1, 0, [1]), (3, 1, []), (130, 5, [1]), (9, 16, [7, 1, 9, 3, 5]), (40, 8, [2, 3])])
+@pytest.mark.parametrize("b, k, ends", [(40, 0, [1]), (3, 1, []), (40, 2, [1]), (130, 5, [1]), (9, 16, [7, 1, 9, 3, 5]), (40, 8, [2, 3])])
 def test_commit_against_a_loop(b, k, ends, implementation, device):
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)

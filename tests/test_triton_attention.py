@@ -204,6 +204,7 @@ def test_rounds_of_pieces_change_no_bit(monkeypatch):
 GRADIENT_CASES = [
     ("masks", 4, [140, 140], (2, 1), 16, None),
     ("masks", 3, [50, 50], (6, 1), 80, None),
+    ("masks", 12, [20, 20], (2, 1), 16, None),  # a block across two tiles of keys
     ("masks", 4, [70, 70], (2, 2), 128, 0),
     ("training", 3, [20, 12], (4, 2), 64, None),
     ("quadratic", 3, [130, 5], (4, 2), 96, None),
