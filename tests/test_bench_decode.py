@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import decode
+from bench import decode, report
 from bench.report import PeakMemory, quartiles, table
+from mtp_model import generate, load_model
 from mtp_model.demo import ADAPTER, BASE
 
 
@@ -96,6 +98,52 @@ def test_peak_memory_sees_an_allocation():
     with PeakMemory(torch.device("cpu")) as large:
         torch.ones(64 * 2**20 // 4)
     assert large.mib >= small.mib + 50
+
+
+def test_speedups_and_rates():
+    """A row of half the time is twice as fast; tokens per second are of all the time."""
+    rows = [decode.Row("autoregressive", 0, [4.0, 2.0], 12, 12), decode.Row("linear", 2, [2.0, 1.0], 12, 8), decode.Row("quadratic", 2, [8.0, 4.0], 12, 6)]
+    assert decode.ratio(rows[0], rows[1]) == (2, 2, 2)
+    text, best = decode.main_table(rows)
+    assert best is rows[1]
+    cells = [[cell.strip() for cell in line.split("|")[2:5]] for line in text.splitlines()[2:]]
+    assert cells == [["1.00", "2", "1.00x (1.00 to 1.00)"], ["1.50", "4", "2.00x (2.00 to 2.00)"], ["2.00", "1", "0.50x (0.50 to 0.50)"]]
+
+
+def test_a_text_that_differs_is_an_exit_status(monkeypatch, tmp_path):
+    measure = decode.measure
+
+    def wrong(row, *args, **options):
+        tokens = measure(row, *args, **options)
+        return [[t[0] ^ 1, *t[1:]] for t in tokens] if row.name == "linear" else tokens
+
+    monkeypatch.setattr(decode, "measure", wrong)
+    arguments = ["--num-prompts", "1", "--new-tokens", "3", "--repeats", "1", "--k", "2", "--device", "cpu", "--no-transformers", "--out", str(tmp_path)]
+    assert decode.main([*arguments, "--modes", "linear"]) == 1
+
+
+def test_without_the_sampler_none_is_asked(toy_adapter_model, monkeypatch):
+    model, asked = toy_adapter_model(k=2), []
+    monkeypatch.setattr(decode, "generate", lambda *args, **options: asked.append(options["use_sampler"]) or generate(*args, **options))
+    for use_sampler in (True, False):
+        decode.acceptance(model, [[1, 2], [3]], 4, "linear", 2, use_sampler)
+    assert asked == [True, True, False, False]
+
+
+def test_texts_of_transformers_end_where_ours_do(make_hf_dir):
+    directory, prompts = make_hf_dir(seed=3), [[1, 2, 3, 4, 5], [0], [5, 5, 1]]
+    plain = generate(load_model(directory), prompts, mode="autoregressive", max_new_tokens=12).tokens
+    directory = make_hf_dir("ends", seed=3, eos_token_id=[plain[0][4]])
+    expected = generate(load_model(directory), prompts, mode="autoregressive", max_new_tokens=12).tokens
+    assert len({len(tokens) for tokens in expected}) > 1
+    assert decode.Peer(directory, "cpu", torch.float32).run(prompts, 12, False) == expected
+
+
+@pytest.mark.parametrize("status, shown", [("", "abc1234"), (" M bench/report.py\n", "abc1234+changes")])
+def test_a_changed_checkout_is_named(monkeypatch, status, shown):
+    answers = {"rev-parse": "abc1234\n", "status": status}
+    monkeypatch.setattr(report.subprocess, "run", lambda command, **_: SimpleNamespace(returncode=0, stdout=answers[command[1]]))
+    assert report.environment(torch.device("cpu"))["commit"] == shown
 
 
 def test_report_helpers():

@@ -201,6 +201,8 @@ def test_shares_and_ratios():
     setting.rows[1].seconds = [0.5]  # interrupted
     values = record(setting, 1600.0)
     assert values["steps"][0]["share_of_memory_roof"] == 0.5 and speedup(*setting.rows)[0] == 2.0
+    setting.rows[0].tokens, setting.rows[0].passes = 12, 8
+    assert [record(setting, None)["rows"][0][name] for name in ("tokens_per_second", "tokens_per_step")] == [3.0, 1.5]
     assert "50%" in report(values) and "50%" not in report(record(Setting("demo", 1, 4, setting.steps), None))
 
 

@@ -304,6 +304,22 @@ def measured(monkeypatch):
     return measure.measure(case, providers, torch.float32, CPU, GPU("roof", 1e9, 1e12), 2**16, timing.CPUClock(), 0.01)
 
 
+def test_ratios_say_who_is_faster(monkeypatch):
+    """Eager takes twice the base's time: over itself 1, of the base 2; the base is twice as fast as eager."""
+    monkeypatch.setattr(measure, "interleave", lambda runs, *_: {p: [{EAGER: 0.2, BASE: 0.1}[p.name]] * 3 for p in runs})
+    case = next(suites.SUITES["gated_lora_linear"](TOY, [Setting("rows", 2, 1)], Scope((8,))))
+    providers = [p for p in case.providers if p.name in (EAGER, BASE)]
+    eager, base = measure.measure(case, providers, torch.float32, CPU, GPU("roof", 1e9, 1e12), 1, timing.CPUClock(), 0.0)
+    assert (eager["over_eager"], eager["of_base"], base["over_eager"], base["of_base"]) == (1, 2, 2, 1)
+
+
+def test_the_worst_case_is_the_slowest():
+    blank = dict(operation="swiglu", rows=9, on=0, rank=0, backward=False, provider=OURS, seconds=1e-6, error=None)
+    cases = [blank | {"share_of_roof": a, "over_eager": b, "of_base": c, "peak MiB": d} for a, b, c, d in ((0.25, 3.0, 1.5, 2.0), (0.75, 1.0, 1.0, 8.0))]
+    line = render.summary_table(cases).splitlines()[2]
+    assert [cell.strip() for cell in line.split("|")[5:9]] == ["0.50 (0.25)", "2.00 (1.00)", "1.25 (1.50)", "5.00 (8.00)"]
+
+
 def test_only_right_competitors_are_timed(measured):
     eager, gather, base = measured
     assert (eager["status"], gather["status"], base["status"]) == ("ok", "wrong", "ok") and gather["seconds"] is None
