@@ -48,7 +48,7 @@ def test_different_starts():
 
 def test_capacity():
     cache = KVCache(CONFIG, 2, 6)
-    assert cache.capacity == 6
+    assert cache.capacity == 6 and cache.bytes == 2 * KVCache(CONFIG, 2, 6, dtype=torch.bfloat16).bytes
     rows = torch.ones(3, 2, 1, 4)
     cache.update(0, rows, -rows, (3, 0))
     with pytest.raises(ValueError, match="columns 0 to 6 are asked for; the cache has 6"):

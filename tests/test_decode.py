@@ -121,6 +121,14 @@ def test_end_of_text_ends_a_sequence(shared, oracle, mode, k):
     assert all(p <= t for p, t in zip(result.stats.passes, result.stats.tokens, strict=True))
 
 
+def test_nothing_is_committed_behind_an_end_of_text(shared, oracle, monkeypatch):
+    committed, original = [], mtp_model.decode.KVCache.commit
+    monkeypatch.setattr(mtp_model.decode.KVCache, "commit", lambda self, counts: committed.append(counts) or original(self, counts))
+    result = generate(shared.model, PROMPTS, mode="quadratic", k=4, max_new_tokens=NEW, eos=[oracle[0][4]], static=False)
+    lengths = [sum(counts) for counts in zip(*committed, strict=True)]
+    assert all(n <= len(p) + len(t) for n, p, t in zip(lengths, PROMPTS, result.tokens, strict=True))
+
+
 def test_end_of_text_defaults_to_the_models(make_hf_dir, oracle, shared, tmp_path):
     eos = oracle[0][4]
     model = load_model(make_hf_dir(seed=3, eos_token_id=[eos]))
@@ -144,6 +152,13 @@ def test_maximum_is_exact(shared, oracle, mode, maximum):
     result = generate(shared.model, PROMPTS, mode=mode, k=8, max_new_tokens=maximum)
     assert result.tokens == [text[:maximum] for text in oracle]
     assert result.stats.tokens == [maximum] * len(PROMPTS)
+
+
+def test_drafts_behind_the_maximum_are_not_counted(shared, oracle, monkeypatch):
+    """Eight right drafts, of which two are still wanted."""
+    monkeypatch.setattr(shared.model, "draft", lambda *_: torch.tensor([oracle[0][1:9]]))
+    stats = generate(shared.model, PROMPTS[:1], mode="quadratic", k=8, max_new_tokens=3, eos=(), static=False).stats
+    assert (stats.passes, stats.offered, stats.accepted) == ([2], [1] * 8, [1, 1] + [0] * 6)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,5 +1,6 @@
 """Steps of fixed shape write the same text as steps laid out by the host, with the same counts, and never wait for the device."""
 
+import copy
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -176,6 +177,14 @@ def test_a_dropped_step_is_freed(toy_adapter_model):
     del step
     gc.collect()
     assert [ref() for ref in held] == [None, None]
+
+
+def test_a_copy_has_steps_of_its_own(toy_adapter_model):
+    model = toy_adapter_model(k=2)
+    expected = generate(model, PROMPTS, mode="linear", max_new_tokens=5, static=True).tokens
+    again = copy.deepcopy(model)
+    assert not again.kept_steps and len(model.kept_steps) == 1
+    assert generate(again, PROMPTS, mode="linear", max_new_tokens=5, static=True).tokens == expected
 
 
 def test_a_long_context_of_many_lengths(toy_adapter_model):
