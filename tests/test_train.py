@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from mtp_model import MTPConfig, TrainConfig, Trainer, generate, load_adapter, load_model
 from mtp_model.__main__ import main
 from mtp_model.cache import KVCache
-from mtp_model.data import Example, collate
+from mtp_model.data import Example, collate, read_examples
 from mtp_model.layout import prefill_layout
 from mtp_model.loss import mtp_loss, report
 from mtp_model.train import Evaluation, TrainingFailed, trainer, watch
@@ -104,6 +104,14 @@ def test_saving_and_logging_rhythm_changes_nothing(model, uninterrupted, tmp_pat
     assert Trainer(model, examples(), MTP, settings(save_every=5, log_every=5), tmp_path).run()
     assert same_adapter(tmp_path, uninterrupted)
     assert [record["step"] for record in log_of(tmp_path)] == [5, 10, 12]
+
+
+def test_checkpoints_are_written_on_the_way(model, tmp_path, monkeypatch):
+    saved, original = [], Trainer.save
+    monkeypatch.setattr(Trainer, "save", lambda self: saved.append(self.step) or original(self))
+    assert Trainer(model, examples(), MTP, settings(save_every=4), tmp_path / "a").run()
+    assert Trainer(model, examples(), MTP, settings(save_every=5), tmp_path / "b").run()
+    assert saved == [4, 8, 12, 5, 10, 12]
 
 
 def test_the_run_did_train(model, uninterrupted):
@@ -233,6 +241,21 @@ def test_anchors_are_drawn_from_the_seed(model, tmp_path):
         run = Trainer(model, long, MTP, settings(batch_size=1, seed=seed), tmp_path)
         drawn |= {tuple(run._pass(number)[1]["anchors"][0].flatten().tolist()) for number in (0, 1, 0)}
     assert len(drawn) == 6
+
+
+def test_mask_rows_are_counted_over_the_run(model, tmp_path):
+    """Of one example with all of its anchors, every step has as many."""
+    run = Trainer(model, examples()[:1], MTP, settings(batch_size=1, anchors_per_sequence=None), tmp_path)
+    rows = [run.train_step()["mask_rows"] for _ in range(2)]
+    run.save()
+    rows.append(Trainer(model, examples()[:1], MTP, settings(batch_size=1, anchors_per_sequence=None), tmp_path, resume=True).train_step()["mask_rows"])
+    assert rows == [rows[0], 2 * rows[0], 3 * rows[0]] and rows[0] > 0
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_recompute_is_by_option(model, tmp_path, recompute):
+    Trainer(model, examples(), MTP, settings(recompute=recompute), tmp_path)
+    assert all(layer.recompute == recompute for layer in model.layers)
 
 
 def test_the_recipe_reaches_the_loss(model, tmp_path, monkeypatch):
@@ -405,6 +428,8 @@ def test_learning_rate():
     assert [config.lr_at(step) for step in (0, 4, 9, 10, 50, 80)] == pytest.approx([0.1, 0.5, 1, 1, 1, 1])
     assert [config.lr_at(step) for step in (85, 90, 99)] == pytest.approx([0.75, 0.5, 0.05])
     assert TrainConfig().warmup == 5000 and TrainConfig(steps=1000).warmup == 100  # the paper's share
+    both = TrainConfig(steps=10, lr=1.0, warmup=8, decay=0.8)  # where the two meet, the lower one
+    assert [both.lr_at(step) for step in (3, 4, 5)] == pytest.approx([0.5, 0.625, 0.625])
     flat = TrainConfig(steps=5, lr=3.0, warmup=0)
     assert [flat.lr_at(step) for step in range(5)] == [3.0] * 5
 
@@ -561,6 +586,21 @@ def test_sequences_are_no_longer_than_the_model_was_made_for(command_line, tmp_p
     assert "max_length is 8; accepted is up to the 7" in capsys.readouterr().err
     assert main([*arguments, str(tmp_path / "out")]) == 0
     assert load_adapter(tmp_path / "out").notes["max_length"] == 7 and "18 sequences" in capsys.readouterr().out
+
+
+def test_the_adapter_says_what_it_was_trained_on(command_line):
+    notes = load_adapter(command_line[0] / "whole").notes
+    assert (notes["data"], notes["max_length"], notes["dtype"]) == (["data.jsonl"], 1024, "float32")
+
+
+def test_examples_end_as_the_models_texts_do(command_line, tmp_path, monkeypatch):
+    place, arguments = command_line
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [4, 5]}')
+    asked = []
+    monkeypatch.setattr("mtp_model.train.command.read_examples", lambda *args, **options: asked.append(options["eos"]) or read_examples(*args, **options))
+    assert main([*arguments, "--model", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--steps", "1"]) == 0
+    assert asked == [4]
 
 
 def test_train_help_names_every_setting():
