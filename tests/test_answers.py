@@ -85,12 +85,13 @@ def test_prompts_of_every_form(tmp_path, tokenizer):
         {"prompt": "xyz", "response": "zz"}, {"prompt": "x"}, {"prompt_ids": [5, 1]}, {"text": "xyzzyx"},
         {"messages": [{"role": "user", "content": "xy"}, {"role": "assistant", "content": "zz"}]},
         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "b", "content": "y"}]},
     ]  # fmt: skip
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = read_prompts([path], tokenizer, vocab_size=6, text_tokens=4)
     assert prompts[:4] == [[1, 2, 3], [1], [5, 1], [1, 2, 3, 3]]
-    assert prompts[4:] == [[0, 1, 2, 4], [0, 1, 4, 2, 0, 3, 4]]  # u and a stand for the roles
+    assert prompts[4:] == [[0, 1, 2, 4], [0, 1, 4, 2, 0, 3, 4], [0, 1, 5, 2, 4]]  # u, a and b stand for the roles
     assert read_prompts([path], tokenizer, vocab_size=6, limit=2) == read_prompts([path, path], tokenizer, vocab_size=6, limit=2) == prompts[:2]
     assert len(read_prompts([path, path], tokenizer, vocab_size=6, limit=8)) == 8
 

@@ -334,3 +334,8 @@ def test_projections_that_are_not_targets_get_no_gradient():
     module.add_adapter(3, targets=(True, False, True))
     module(torch.randn(5, 8), 0).square().sum().backward()
     assert [bool(part.any()) for part in module.lora_B.grad.split(module.splits)] == [True, False, True]
+
+
+def test_swiglu_takes_no_residual():
+    with pytest.raises(ValueError, match="residual and swiglu were both passed"):
+        GatedLoRALinear(8, (4, 4))(torch.zeros(2, 8), residual=torch.zeros(2, 8), swiglu=True)
