@@ -224,6 +224,14 @@ def test_ordinary_rows_never_change(toy_adapter_model):
     assert not torch.allclose(after[4:], before[4:], atol=1e-2)
 
 
+def test_the_loss_without_gradients_is_the_same(toy_adapter_model):
+    model, batch = toy_adapter_model(k=3), collate(make_examples())
+    trained = mtp_loss(model, batch)
+    with torch.no_grad():
+        alone = mtp_loss(model, batch)
+    torch.testing.assert_close(alone.sums, trained.sums, rtol=1e-6, atol=1e-6)
+
+
 def test_no_anchor_is_an_error(toy_adapter_model):
     batch = collate([Example(np.array([1, 2, 3], dtype=np.int32), np.array([True, True, False]))])
     with pytest.raises(ValueError, match="no position"):
