@@ -7,7 +7,6 @@ import torch
 from mtp_model import MTPConfig, generate, load_adapter, load_model
 from mtp_model.checkpoint import save_adapter
 from mtp_model.data import Example, collate
-from mtp_model.layout import MODES
 from mtp_model.loss import mtp_loss
 
 pytest.importorskip("triton")
@@ -27,18 +26,14 @@ def both(request, make_hf_dir, toy_adapter_model, tmp_path):
     return load
 
 
-@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("both, mode", [("qwen2", "linear"), ("qwen3", "quadratic"), ("llama", "quadratic-printed")], indirect=["both"])
 def test_the_same_text(both, mode):
+    """`test_static` has all modes, of a Llama."""
     fused, plain = both("triton"), both("reference")
     expected = generate(plain, PROMPTS, mode="autoregressive", max_new_tokens=5, eos=()).tokens
     result = generate(fused, PROMPTS, mode=mode, max_new_tokens=5, eos=())
     reference = generate(plain, PROMPTS, mode=mode, max_new_tokens=5, eos=())
     assert result.tokens == expected and result.stats.passes == reference.stats.passes
-
-
-@pytest.mark.parametrize("both", ["qwen2", "qwen3"], indirect=True)
-def test_the_same_text_in_other_families(both):
-    test_the_same_text(both, "quadratic")
 
 
 def test_autoregressive_text(both):
