@@ -58,9 +58,9 @@ class DecoderLayer(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.input_norm = RMSNorm(d, config.rms_norm_eps, **factory)
         self.qkv_proj = GatedLoRALinear(d, (q, kv, kv), config.attention_bias, **factory)
-        # A weight for each head of q and k, so that all are normalised and rotated at once.
-        heads = torch.ones(self.heads + self.kv_heads, self.head_dim, **factory) if config.qk_norm else None
-        self.qk_norm, self.eps = None if heads is None else nn.Parameter(heads), config.rms_norm_eps
+        # A weight for each head of q and of k, so that all are normalised and rotated at once.
+        self.qk_norm = nn.Parameter(torch.ones(self.heads + self.kv_heads, self.head_dim, **factory)) if config.qk_norm else None
+        self.eps = config.rms_norm_eps
         self.o_proj = GatedLoRALinear(q, d, config.output_bias, **factory)
         self.post_norm = RMSNorm(d, config.rms_norm_eps, **factory)
         self.gate_up_proj = GatedLoRALinear(d, (f, f), config.mlp_bias, **factory)
