@@ -91,9 +91,9 @@ class ModelConfig:
             rope_scaling=scaling,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             attention_bias=bool(config.get("attention_bias", False)),
-            output_bias=bool(config.get("output_bias", config.get("attention_bias", False))),
+            output_bias=bool(fixed.get("output_bias", config.get("attention_bias", False))),
             mlp_bias=bool(config.get("mlp_bias", False)),
-            qk_norm=bool(config.get("qk_norm", False)),
+            qk_norm=fixed.get("qk_norm", False),
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         )
 

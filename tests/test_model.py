@@ -92,6 +92,15 @@ def test_what_a_config_leaves_out_is_transformers_default(family):
         assert (f"model.layers.0.self_attn.{name}" in parameters) == has, name
 
 
+def test_a_config_does_not_set_what_its_family_says():
+    """Names of ours in it are as unknown here as to transformers."""
+    sizes = dict(vocab_size=50, hidden_size=256, intermediate_size=64, num_hidden_layers=2, num_attention_heads=32)
+    others = dict(qk_norm=True, output_bias=True)
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        plain = sizes | {"model_type": family}
+        assert ModelConfig.from_hf(plain | others) == ModelConfig.from_hf(plain | dict.fromkeys(others, False)) == ModelConfig.from_hf(plain), family
+
+
 def test_a_sliding_window_ends_what_the_model_is_made_for():
     """Up to there it hides nothing; Qwen's configs name one that is not used."""
     sizes = dict(vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
