@@ -9,16 +9,15 @@ from mtp_kernels import rotary_frequencies
 MAX_MASKS = 16
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 
 # model_type -> what transformers takes where a config.json says nothing, and what it takes whatever that says.
 FAMILIES = {
     "llama": ({}, {}),
     "mistral": ({"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-                {"attention_bias": False, "mlp_bias": False, "use_sliding_window": True}),
-    "qwen2": ({"num_key_value_heads": 32, "max_position_embeddings": 32768, "use_sliding_window": False},
-              {"attention_bias": True, "output_bias": False, "mlp_bias": False}),
-    "qwen3": ({"num_key_value_heads": 32, "max_position_embeddings": 32768, "use_sliding_window": False, "head_dim": 128},
-              {"qk_norm": True, "mlp_bias": False}),
+                {"attention_bias": False, "mlp_bias": False, "use_sliding_window": True, "max_window_layers": 0}),
+    "qwen2": (_QWEN, {"attention_bias": True, "output_bias": False, "mlp_bias": False}),
+    "qwen3": (_QWEN | {"head_dim": 128}, {"qk_norm": True, "mlp_bias": False}),
 }  # fmt: skip
 
 
@@ -51,7 +50,7 @@ class ModelConfig:
     def from_hf(cls, config: dict) -> "ModelConfig":
         """Read the dict of a config.json. Raises ValueError naming what is not Llama-family about it.
 
-        A sliding window becomes max_position_embeddings, where it is shorter: up to there it hides nothing.
+        A sliding window of some layer becomes max_position_embeddings, where it is shorter: up to there it hides nothing.
         """
         kind = config.get("model_type")
         if kind not in FAMILIES:
@@ -75,7 +74,9 @@ class ModelConfig:
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         scaling = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
         rotary_frequencies(head_dim, scaling=scaling)  # refuses types that it does not know
-        window = config.get("sliding_window") if config.get("use_sliding_window") else None
+        behind = config["num_hidden_layers"] - config.get("max_window_layers", 0)  # layers, the last ones, that have the window
+        slides = config.get("use_sliding_window") and "sliding_attention" in (config.get("layer_types") or behind * ["sliding_attention"])
+        window = config.get("sliding_window") if slides else None
         eos = config.get("eos_token_id")
         return cls(
             vocab_size=config["vocab_size"],

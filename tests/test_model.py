@@ -106,11 +106,26 @@ def test_a_sliding_window_ends_what_the_model_is_made_for():
     sizes = dict(vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     for family, window, used, expected in (
         ("mistral", 4096, None, 4096), ("mistral", None, None, 9000), ("mistral", 10000, None, 9000),
-        ("qwen2", 4096, False, 9000), ("qwen2", 4096, True, 4096), ("qwen3", 4096, None, 9000), ("llama", 4096, None, 9000),
+        ("qwen2", 4096, False, 9000), ("qwen3", 4096, None, 9000), ("llama", 4096, None, 9000),
     ):  # fmt: skip
         values = sizes | dict(model_type=family, max_position_embeddings=9000, sliding_window=window)
         values |= {} if used is None else dict(use_sliding_window=used)
         assert ModelConfig.from_hf(values).max_position_embeddings == expected, (family, window, used)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_window_that_no_layer_has_ends_nothing(family):
+    """Of Qwen's models the layers from max_window_layers on have it, or those that layer_types names."""
+    sizes = dict(vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    window = dict(max_position_embeddings=9000, use_sliding_window=True)
+    full, slides = "full_attention", "sliding_attention"
+    for layers in (
+        {}, dict(max_window_layers=0), dict(max_window_layers=1, sliding_window=4096), dict(max_window_layers=2), dict(max_window_layers=3),
+        dict(layer_types=[full, full], max_window_layers=0), dict(layer_types=[slides, full], max_window_layers=2),
+    ):  # fmt: skip
+        theirs = AutoConfig.for_model(family, **sizes, **window, **layers)
+        expected = 4096 if slides in theirs.layer_types else 9000
+        assert ModelConfig.from_hf(sizes | window | layers | {"model_type": family}).max_position_embeddings == expected, layers
 
 
 @torch.no_grad()
