@@ -7,7 +7,8 @@ Each line (parquet: row) is one of
     {"text": "..."}                                              every token is an answer
     {"prompt_ids": [1, 2], "response_ids": [3, 4]}               tokens as they are, e.g. a model's own continuation
 
-Messages go through the tokenizer's chat template; a content may be a list of {"type": "text", "text": "..."}. Other keys are
+Messages go through the tokenizer's chat template; a content may be a list of {"type": "text", "text": "..."}. Answers that the template
+writes otherwise once a turn follows, as Qwen 3's does without their thoughts, are part of the next one's prompt. Other keys are
 ignored. End-of-text is appended to responses and texts. Files are read one line at a time.
 """
 
@@ -76,8 +77,10 @@ def encode_pieces(record: dict, tokenizer, end: list[int]) -> list[tuple[list[in
             if message["role"] != "assistant":
                 continue
             before, after = render(messages[:i], add_generation_prompt=True), render(messages[: i + 1])
-            if not (before.startswith(done) and after.startswith(before)):
+            if not after.startswith(before):
                 raise ValueError("the chat template rewrites earlier turns, so answers cannot be told from prompts")
+            if not before.startswith(done):  # answers that the model would not write so: they are prompt now
+                pieces, done = [], ""
             pieces += [(_encode(tokenizer, before[len(done) :]), False), (_encode(tokenizer, after[len(before) :]), True)]
             done = after
         if not pieces:

@@ -27,6 +27,7 @@ TEMPLATE = (
     "{% else %}<bot> {{ m['content'] }} </s> {% endif %}{% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
 )
 REFUSING = "{% for m in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}"
+THINKING = TEMPLATE.replace("<bot> {{ m['content'] }}", "<bot> {{ 'e ' if loop.last else '' }}{{ m['content'] }}")  # in the last answer alone
 REWRITING = "{% for m in messages %}{{ messages | length }} {{ m['content'] }} {% endfor %}"
 
 
@@ -145,6 +146,16 @@ def test_chat_templates_that_cannot_serve(read):
         read(chat, tokenizer=make_tokenizer(REWRITING))
     with pytest.raises(ValueError, match="data.jsonl, line 1: .*roles must alternate"):
         read(chat, tokenizer=make_tokenizer(REFUSING))
+
+
+def test_answers_that_a_template_writes_otherwise_later_are_prompt(read):
+    chat = [{"role": role, "content": content} for role, content in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
+    examples = read({"messages": chat[:2]}, {"messages": chat}, {"messages": [*chat, *chat]}, tokenizer=make_tokenizer(THINKING))
+    assert [marked(e) for e in examples] == [
+        "<user> a <bot> E B </S>",
+        "<user> a <bot> b </s> <user> c <bot> E D </S>",
+        "<user> a <bot> b </s> <user> c <bot> d </s> <user> a <bot> b </s> <user> c <bot> E D </S>",
+    ]
 
 
 def test_places_for_masks_are_those_of_the_loss(read, capsys):
