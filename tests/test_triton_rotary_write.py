@@ -130,3 +130,20 @@ def test_a_gradient_that_needs_what_was_overwritten_says_so(device):
         rotary_write(qkv, cos, sin, keys, values, torch.tensor([0], device=device), implementation=implementation)
         with pytest.raises(RuntimeError, match="inplace"):
             loss.backward()
+
+
+def test_heads_further_apart_than_32_bits_reach(device, tmp_path):
+    """Of a cache head by head, and of what is rotated; on a CPU in a file of 4 GiB, all but a few pages of it a hole."""
+    size, apart = 2**31 + 64, 2**30
+    if device == "cpu":
+        store = torch.from_file(str(tmp_path / "store"), shared=True, size=size, dtype=torch.float16)
+    else:
+        store = torch.empty(size, dtype=torch.float16, device=device)
+    qkv = torch.randn(1, 1, 9, 8, device=device).half()
+    cos, sin = tables(1, 1, 8, torch.float16, device)
+    keys, values = store.as_strided((4, 1, 3, 8), (8, 32, apart, 1)), torch.zeros(4, 1, 3, 8, dtype=torch.float16, device=device)
+    q = fused(qkv, cos, sin, keys, values, torch.tensor([1], device=device))
+    wanted = rotary_embedding(qkv[:, :, :6], cos, sin, implementation="triton")
+    assert torch.equal(q, wanted[:, :, :3]) and torch.equal(keys[1:2], wanted[:, :, 3:]) and torch.equal(values[1:2], qkv[:, :, 6:])
+    x = keys[:1].copy_(qkv[:, :, :3])
+    assert torch.equal(rotary_embedding(x, cos, sin, implementation="triton"), q)

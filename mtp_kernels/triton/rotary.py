@@ -84,7 +84,7 @@ def rotary_kernel(
     """Some heads of one row. BACKWARD: x is the gradient of y, and with NORM saved_ptr has the x that was normalised."""
     dtype = y_ptr.dtype.element_ty
     m = tl.program_id(0).to(tl.int64)
-    h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
+    h = (tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     d = tl.arange(0, BLOCK_D)
     c1, c2, s1, s2 = _tables(cos_ptr + m * cos_stride, sin_ptr + m * sin_stride, d, HALF, BACKWARD)
     inside = (h < H) & (d < HALF)[None, :]
@@ -119,7 +119,7 @@ def rotary_write_kernel(
     """Some heads of one row: q to q_ptr, contiguous; k and v to the row's column of the cache, if there is one."""
     m = tl.program_id(0).to(tl.int64)
     t, b = m // B, m % B
-    h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
+    h = (tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     d = tl.arange(0, BLOCK_D)
     dtype = q_ptr.dtype.element_ty
     c1, c2, s1, s2 = _tables(cos_ptr + m * cos_stride, sin_ptr + m * sin_stride, d, HALF, False)
