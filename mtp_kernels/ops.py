@@ -204,7 +204,7 @@ def rotary_frequencies(head_dim: int, theta: float = 10000.0, scaling: dict | No
         )
         if kind not in ROPE_TYPES:
             raise ValueError(f"rope type is {kind!r}; accepted are {', '.join(ROPE_TYPES)}")
-        missing = [key for key in needed if key not in scaling]
+        missing = [key for key in needed if scaling.get(key) is None]
         if missing:
             raise ValueError(f"rope type {kind!r} lacks {', '.join(missing)}; passed were {sorted(scaling)}")
     return reference.rotary_frequencies(head_dim, theta, scaling)

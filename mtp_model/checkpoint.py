@@ -90,7 +90,7 @@ def load_model(
     """Open a Hugging Face directory of the Llama family: model_type llama, mistral, qwen2 or qwen3.
 
     dtype: default the checkpoint's own. implementation: "triton", "reference" or None, see `MTPModel.use`. End-of-text ids are those of
-    generation_config.json, or without them config.json's, as in transformers' generate.
+    generation_config.json, which transformers' generate heeds, or where it has none config.json's.
     Raises ValueError naming what is missing, of another shape, or not of the family, and for quantised weights.
     """
     directory = Path(directory)

@@ -71,6 +71,8 @@ class ModelConfig:
         if heads % kv_heads:
             raise ValueError(f"num_attention_heads is {heads} and num_key_value_heads {kv_heads}; accepted is a multiple")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_scaling is {rope!r}; accepted is an object, or null")
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         scaling = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
         rotary_frequencies(head_dim, scaling=scaling)  # refuses types that it does not know
@@ -86,7 +88,7 @@ class ModelConfig:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=min(config.get("max_position_embeddings", 2048), window or math.inf),
+            max_position_embeddings=min(config.get("max_position_embeddings") or 2048, window or math.inf),
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
             rope_scaling=scaling,

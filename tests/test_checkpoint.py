@@ -199,6 +199,8 @@ F8 = "model.layers.0.mlp.down_proj.weight"
     "damage, word",
     [
         (lambda d: edit_json(d / "config.json", model_type="mamba"), "model_type is 'mamba'"),
+        (lambda d: edit_json(d / "config.json", rope_parameters="yarn"), "rope_scaling is 'yarn'"),
+        (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "linear", "factor": None}), "lacks factor"),
         (lambda d: edit_json(d / "config.json", hidden_act="gelu"), "hidden_act"),
         (lambda d: edit_json(d / "config.json", vocab_size=...), "lacks vocab_size"),
         (lambda d: edit_json(d / "config.json", num_key_value_heads=3), "num_key_value_heads 3"),
