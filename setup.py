@@ -23,6 +23,6 @@ setup(
         "parquet": ["pyarrow>=15"],
         "plot": ["matplotlib>=3.8"],
         "triton": [TRITON],
-        "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6", "pyarrow>=15", TRITON],
+        "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6", "pyarrow>=15", "matplotlib>=3.8", TRITON],
     },
 )

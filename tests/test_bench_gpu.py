@@ -1,7 +1,7 @@
 """The one command for a GPU: its steps exist, failures and time limits are recorded, and without a GPU it says so."""
 
 import json
-import subprocess
+import runpy
 import sys
 from types import SimpleNamespace
 
@@ -33,11 +33,15 @@ def test_every_step_names_a_command_that_exists(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["kernels", "check_bfloat16", "decode", "decode_shapes", "train"])
-def test_the_steps_flags_are_accepted(tmp_path, name):
+def test_the_steps_flags_are_accepted(tmp_path, monkeypatch, capsys, name):
     """Each command with its flags, stopped by a flag that does not exist: the parser must complain of that one only."""
     (step,) = [s for s in gpu.steps(tmp_path, tmp_path / "texts.jsonl") if s.name == name]
-    result = subprocess.run([*step.command, "--no-such-flag"], cwd=gpu.ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2 and "unrecognized arguments: --no-such-flag" in result.stderr
+    python, minus_m, module, *flags = step.command
+    assert (python, minus_m) == (sys.executable, "-m")
+    monkeypatch.setattr(sys, "argv", [module, *flags, "--no-such-flag"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(module, run_name="__main__")
+    assert stopped.value.code == 2 and "unrecognized arguments: --no-such-flag" in capsys.readouterr().err
 
 
 def test_copies_share_the_tests(tmp_path):
