@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import mtp_kernels.triton as kernels
-from mtp_kernels import AttentionRule, SamplerWeights
+from mtp_kernels import AttentionRule, SamplerWeights, Sampling
 from mtp_kernels.triton import _device
 
 TARGETS = {
@@ -101,13 +101,19 @@ def linear_argmax_case(m: int, d: int, vocab: int, dtype: torch.dtype):
     return lambda: kernels.linear_argmax(empty(m, d, dtype=dtype), empty(vocab, d, dtype=dtype))
 
 
-def sampler_case(b: int, d: int, vocab: int, candidates: int | None, dtype: torch.dtype):
+def linear_sample_case(m: int, d: int, vocab: int, top_k: int | None, dtype: torch.dtype):
+    keys = empty(m, dtype=torch.int64)
+    return lambda: kernels.linear_sample(empty(m, d, dtype=dtype), empty(vocab, d, dtype=dtype), keys, Sampling(0.7, top_k))
+
+
+def sampler_case(b: int, d: int, vocab: int, candidates: int | None, dtype: torch.dtype, drawn: bool = False):
     """Two of k steps; the memory is never touched, but a shortlist's top is a library's, which runs."""
 
     def run():
         weights = SamplerWeights(*(empty(*s, dtype=dtype) for s in ((d, 2 * d), (d,), (d,), (d,), (d, d), (d,), (d,), (d,))))
         z, embedding, lm_head = (empty(*shape, dtype=dtype) for shape in ((b, 2, d), (vocab, d), (vocab, d)))
-        kernels.sampler_draft(z, empty(b, dtype=torch.int64), embedding, weights, lm_head, candidates=candidates)
+        keys = empty(2, b, dtype=torch.int64).t() if drawn else None
+        kernels.sampler_draft(z, empty(b, dtype=torch.int64), embedding, weights, lm_head, candidates=candidates, keys=keys)
 
     return run
 
@@ -252,6 +258,23 @@ CASES: list[Case] = [
     *(
         Case("linear_argmax", f"{m} x {d} of {vocab} {str(dtype)[6:]}", linear_argmax_case(m, d, vocab, dtype), quick=m == 9)
         for m, d, vocab, dtype in ((1, 4096, 128_256, BF16), (9, 4096, 128_256, BF16), (81, 2048, 32_000, FP16), (9, 4096, 128_256, FP32))
+    ),
+    *(
+        Case(
+            "linear_sample", f"{m} x {d} of {vocab}{f', {top_k} best' if top_k else ''} {str(dtype)[6:]}", linear_sample_case(m, d, vocab, top_k, dtype),
+            quick=m == 9 and top_k == 20,
+        )
+        for m, d, vocab, top_k, dtype in (
+            (1, 4096, 128_256, None, BF16), (9, 4096, 128_256, 20, BF16), (81, 2048, 32_000, None, FP16), (9, 4096, 128_256, 20, FP32),
+        )
+    ),  # fmt: skip
+    *(
+        Case(
+            "sampler_draft", f"{b} x {d}, {'all' if c is None else c} of {vocab}, drawn {str(dtype)[6:]}", sampler_case(b, d, vocab, c, dtype, True),
+            quick=b == 1,
+        )
+        for b, d, vocab, dtype in ((1, 4096, 128_256, BF16), (64, 8192, 128_256, BF16), (3, 2050, 32_001, FP16), (4, 4096, 128_256, FP32))
+        for c in (None, 64)
     ),
     *(
         Case(

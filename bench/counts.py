@@ -109,9 +109,9 @@ def accept_and_commit(b: int, k: int, ends: int) -> Count:
     return Count(8 * (b * (2 * k + 1) + b + ends + 4 * b + 3 * b) + 2 * b, b * k + b * (k + 1) * ends)
 
 
-def linear_argmax(m: int, vocab: int, d: int, itemsize: int) -> Count:
-    """No logits are written: their argmax is the product's epilogue."""
-    return Count((vocab * d + m * d) * itemsize + 8 * m, 2 * m * vocab * d)
+def linear_argmax(m: int, vocab: int, d: int, itemsize: int, drawn: bool = False) -> Count:
+    """No logits are written: their argmax is the product's epilogue, as is the noise of drawn tokens, for which a key is read."""
+    return Count((vocab * d + m * d) * itemsize + 8 * m * (1 + drawn), 2 * m * vocab * d)
 
 
 # ---- a training step's losses

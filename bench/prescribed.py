@@ -62,7 +62,7 @@ def prefill(model: MTPModel, prompts: Tensor, cache: KVCache) -> Tensor:
     """Put the prompts (B, P) into an empty cache; returns the token (B,) that follows each."""
     batch, length = prompts.shape
     rows = prefill_layout([length] * batch, 0, model.device).at(prompts.t(), [0] * batch, model.config.vocab_size)
-    return model.greedy(model(rows, cache)[-1])
+    return model.next_tokens(model(rows, cache)[-1])
 
 
 class PrescribedStep(StaticStep):
@@ -89,7 +89,7 @@ class PrescribedStep(StaticStep):
         """To the beginning of the text: its first token is the newest, and there are drafts behind it."""
         batch, length = self.text.shape
         drafts = self.offers[:, 1 : self.k + 1] if self.k else None
-        self.begin([self.start] * batch, self.text[:, 0], drafts, (True,) * batch, [length - 1] * batch, [length == 1] * batch)
+        self.begin([self.start] * batch, self.text[:, 0], drafts, (True,) * batch, [length - 1] * batch, [length == 1] * batch, [0] * batch)
 
     def draft(self, layout: Layout, z: Tensor, accepted: Tensor) -> None:
         super().draft(layout, z, accepted)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bench import counts
 from bench.cases import COMPILED, EAGER, OURS, Case, Model, Provider, Scope, Setting, compiled, random_tensors
-from mtp_kernels import ops, reference
+from mtp_kernels import Sampling, ops, reference
+from mtp_kernels._sampling import gumbel
 
 COLUMNS = 2048  # of the cache, which begins to be written in its middle
 DRAFTS, VOCABULARY, ENDS = 8, 128_256, (128_001, 128_009)  # Llama 3's; what accepting takes does not depend on them
@@ -113,6 +114,45 @@ def linear_argmax(model: Model, settings: Iterable[Setting], scope: Scope) -> It
         yield Case(
             "linear_argmax", model.name, "linear_argmax", f"{d} -> {vocab}", Setting("rows", s.rows, 0), 0, False, count,
             partial(_make_argmax, s.rows, model), _competitors(argmax_eager, argmax_ours), (), (), judge=_share_of_largest,
+        )  # fmt: skip
+
+
+# ---- drawn tokens
+
+SAMPLING = Sampling(0.7)
+
+
+def sample_eager(i: dict) -> Tensor:
+    return reference.linear_sample(i["hidden"], i["weight"], i["keys"], SAMPLING)
+
+
+def sample_ours(i: dict) -> Tensor:
+    return ops.linear_sample(i["hidden"], i["weight"], i["keys"], SAMPLING, implementation="triton")
+
+
+def _share_of_best(i: dict, ids: Tensor) -> Tensor:
+    """Of each row's largest logit with its noise what the chosen token has, in float64."""
+    noise = gumbel(i["keys"].unsqueeze(-1), torch.arange(i["weight"].shape[0], device=ids.device))
+    scores = F.linear(i["hidden"].double(), i["weight"].double()) + SAMPLING.temperature * noise.double()
+    return (scores.gather(-1, ids.unsqueeze(-1)).squeeze(-1) / scores.amax(-1)).to(i["hidden"].dtype)
+
+
+def _make_sample(m: int, model: Model, device: torch.device, dtype: torch.dtype) -> dict:
+    keys = ops.sampling_keys(torch.tensor(0, device=device), torch.arange(m, device=device), model.vocab)
+    return _make_argmax(m, model, device, dtype) | dict(keys=keys)
+
+
+def linear_sample(model: Model, settings: Iterable[Setting], scope: Scope) -> Iterator[Case]:
+    """The noise is made on the chip: the bytes are greedy tokens' and the keys."""
+    d, vocab = model.hidden, model.vocab
+    for s in scope.decoding(settings):
+
+        def count(itemsize, adapter, m=s.rows):
+            return counts.linear_argmax(m, vocab, d, itemsize, drawn=True)
+
+        yield Case(
+            "linear_sample", model.name, "linear_sample", f"{d} -> {vocab}", Setting("rows", s.rows, 0), 0, False, count,
+            partial(_make_sample, s.rows, model), _competitors(sample_eager, sample_ours), (), (), judge=_share_of_best,
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from mtp_kernels.ops import (
     latent_consistency,
     linear_argmax,
     linear_cross_entropy,
+    linear_sample,
     rms_norm,
     rotary_embedding,
     rotary_frequencies,
@@ -16,16 +17,18 @@ from mtp_kernels.ops import (
     rotary_write,
     sampler_draft,
     sampler_hidden,
+    sampling_keys,
     swiglu,
     unchecked,
 )
-from mtp_kernels.types import AttentionRule, SamplerWeights
+from mtp_kernels.types import AttentionRule, SamplerWeights, Sampling
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionRule",
     "SamplerWeights",
+    "Sampling",
     "accept",
     "accept_and_commit",
     "attention",
@@ -34,6 +37,7 @@ __all__ = [
     "latent_consistency",
     "linear_argmax",
     "linear_cross_entropy",
+    "linear_sample",
     "rms_norm",
     "rotary_embedding",
     "rotary_frequencies",
@@ -41,6 +45,7 @@ __all__ = [
     "rotary_write",
     "sampler_draft",
     "sampler_hidden",
+    "sampling_keys",
     "swiglu",
     "unchecked",
 ]

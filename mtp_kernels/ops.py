@@ -13,11 +13,11 @@ Floating dtypes: float32, float16, bfloat16; all floating arguments of a call sh
 import torch
 from torch import Tensor
 
-from mtp_kernels import reference
+from mtp_kernels import _sampling, reference
 from mtp_kernels._checks import check_floating, check_integer, check_shape, shape_of
 from mtp_kernels._choice import choose
 from mtp_kernels._choice import unchecked as unchecked
-from mtp_kernels.types import AttentionRule, SamplerWeights
+from mtp_kernels.types import AttentionRule, SamplerWeights, Sampling
 
 MAX_RANK = 512
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -341,6 +341,8 @@ def sampler_draft(
     lm_head: Tensor,
     *,
     candidates: int | None = None,
+    keys: Tensor | None = None,
+    temperature: float = 1.0,
     implementation: str | None = None,
 ) -> Tensor:
     """Draft k tokens: token_0 = first; token_i = argmax(W_lm[C_i] sampler_hidden(E[token_{i-1}], z_i)), i = 1..k.
@@ -350,8 +352,11 @@ def sampler_draft(
     another, then read `candidates` rows of lm_head each instead of all of it. Drafts need not be exact: they are verified.
 
     z: (B, k, d), hidden states of one block's masks. first: (B,) integer, the verified token before them.
-    embedding, lm_head: (V, d). candidates: 1 to V; V is the vocabulary, as is None. Returns (B, k) int64; the lowest id
-    wins a tie. Not differentiable. Raises ValueError for other shapes, dtypes, devices or candidates.
+    embedding, lm_head: (V, d). candidates: 1 to V; V is the vocabulary, as is None.
+    keys: (B, k) int64, of the drafts' positions: draft for text that `linear_sample` draws, by temperature times the same noise on the
+        logits. Where sampler and model agree they then draw the same token (Daliri, Musco and Suresh 2024, arXiv 2408.07978).
+    Returns (B, k) int64; the lowest id wins a tie. Not differentiable. Raises ValueError for other shapes, dtypes, devices,
+    candidates or temperatures.
     """
     compute = choose(implementation, "sampler_draft", z.device)
     if z.ndim != 3:
@@ -365,7 +370,10 @@ def sampler_draft(
     check_floating("z embedding lm_head " + _SAMPLER_NAMES, z, embedding, lm_head, *weights)
     if candidates is not None and (type(candidates) is not int or not 1 <= candidates <= lm_head.shape[0]):
         raise ValueError(f"candidates is {candidates!r}; accepted are an int from 1 to V = {lm_head.shape[0]}, or None")
-    return compute(z, first, embedding, weights, lm_head, candidates=candidates)
+    if keys is not None:
+        _check_keys(keys, tuple(z.shape[:2]), z.device)
+        Sampling(temperature)
+    return compute(z, first, embedding, weights, lm_head, candidates=candidates, keys=keys, temperature=temperature)
 
 
 def linear_cross_entropy(
@@ -426,6 +434,12 @@ def latent_consistency(z: Tensor, target: Tensor, index: Tensor, weight: Tensor,
     return compute(z, target, index, weight)
 
 
+def _check_vocabulary(hidden: Tensor, weight: Tensor) -> None:
+    if weight.ndim != 2 or not weight.shape[0] or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden has shape {shape_of(hidden)} and weight {shape_of(weight)}; accepted are (..., d) and (V, d) with V from 1")
+    check_floating("hidden weight", hidden, weight)
+
+
 def linear_argmax(hidden: Tensor, weight: Tensor, *, implementation: str | None = None) -> Tensor:
     """argmax over v of (hidden W^T)_v, the lowest id on a tie: greedy tokens.
 
@@ -434,10 +448,46 @@ def linear_argmax(hidden: Tensor, weight: Tensor, *, implementation: str | None 
     Not differentiable. Raises ValueError for other shapes, dtypes or devices, and for an empty vocabulary.
     """
     compute = choose(implementation, "linear_argmax", hidden.device)
-    if weight.ndim != 2 or not weight.shape[0] or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden has shape {shape_of(hidden)} and weight {shape_of(weight)}; accepted are (..., d) and (V, d) with V from 1")
-    check_floating("hidden weight", hidden, weight)
+    _check_vocabulary(hidden, weight)
     return compute(hidden, weight)
+
+
+def sampling_keys(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Keys of the noise by which tokens are drawn: one for each seed and each position in a text, any shapes that broadcast together, int64.
+
+    The noise of a key are vocab_size outputs of SplitMix64, those from number position * vocab_size of the generator begun at the seed.
+    Raises ValueError for tensors that are not int64, or on different devices, and for a vocabulary below 1.
+    """
+    for name, tensor in (("seeds", seeds), ("positions", positions)):
+        if tensor.dtype != torch.int64 or tensor.device != seeds.device:
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; accepted is torch.int64 on {seeds.device}")
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size is {vocab_size}; accepted is 1 or more")
+    return _sampling.sampling_keys(seeds, positions, vocab_size)
+
+
+def _check_keys(keys: Tensor, expected: tuple[int, ...], device: torch.device) -> None:
+    check_shape("keys", keys, expected, "a key for each token")
+    if keys.dtype != torch.int64 or keys.device != device:
+        raise ValueError(f"keys is {keys.dtype} on {keys.device}; accepted is torch.int64 on {device}")
+
+
+def linear_sample(hidden: Tensor, weight: Tensor, keys: Tensor, sampling: Sampling, *, implementation: str | None = None) -> Tensor:
+    """argmax over v of l_v + temperature * G_v(key), l = hidden W^T: tokens drawn from softmax(l / temperature) (Gumbel 1954).
+
+    Left out are tokens that top_k and top_p leave out. G is standard Gumbel noise, made of the key and of v alone, so that a token
+    follows from its logits and its key, whatever was drawn before, elsewhere or in which order: drawn text can be verified as
+    greedy text can, and is the same for any drafts (Daliri, Musco and Suresh 2024, arXiv 2408.07978).
+
+    hidden: (..., d). weight: (V, d). keys: (...) int64, see `sampling_keys`. Returns (...) int64. Logits, row independence, ties and NaN as in
+    `linear_argmax`; noise and comparison in float32. Not differentiable. Raises ValueError for other shapes, dtypes or devices.
+    """
+    compute = choose(implementation, "linear_sample", hidden.device)
+    _check_vocabulary(hidden, weight)
+    _check_keys(keys, tuple(hidden.shape[:-1]), hidden.device)
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling is {sampling!r}; accepted is a Sampling")
+    return compute(hidden, weight, keys, sampling)
 
 
 def accept(

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mtp_kernels._gradients import AdaptedLinear, RMSNorm, SwiGLU, matmul, reciprocal_rms
-from mtp_kernels.types import AttentionRule, SamplerWeights
+from mtp_kernels._sampling import gumbel, least_kept
+from mtp_kernels.types import AttentionRule, SamplerWeights, Sampling
 
 KEY_CHUNK = 256
 MIN_ROWS = 8
@@ -272,7 +273,15 @@ def sampler_hidden(previous: Tensor, z: Tensor, weights: SamplerWeights) -> Tens
 
 
 def sampler_draft(
-    z: Tensor, first: Tensor, embedding: Tensor, weights: SamplerWeights, lm_head: Tensor, *, candidates: int | None = None
+    z: Tensor,
+    first: Tensor,
+    embedding: Tensor,
+    weights: SamplerWeights,
+    lm_head: Tensor,
+    *,
+    candidates: int | None = None,
+    keys: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     d, ids = int(z.shape[-1]), None
     if candidates is not None and candidates < lm_head.shape[0]:  # a list of everything would only be slower
@@ -280,15 +289,19 @@ def sampler_draft(
         ids = F.linear(z, lm_head).topk(candidates, dim=-1, sorted=False).indices.sort(-1).values
     from_mask = F.linear(z, weights.w1[:, d:], weights.b1)  # all k masks at once; only the token's half is sequential
     from_token = weights.w1[:, :d].t()
+    noise = None
+    if keys is not None:  # (B, k, V or C), all at once, as it depends on no draft
+        noise = temperature * gumbel(keys.unsqueeze(-1), torch.arange(int(lm_head.shape[0]), device=z.device) if ids is None else ids)
     drafts, token = [], first
     for i in range(z.shape[1]):
         h = torch.addmm(from_mask[:, i], F.embedding(token, embedding), from_token)
         h = _sampler_tail(h, weights)
-        if ids is None:
-            token = F.linear(h, lm_head).argmax(-1)
-        else:
-            best = torch.bmm(F.embedding(ids[:, i], lm_head), h.unsqueeze(-1)).squeeze(-1).argmax(-1, keepdim=True)
-            token = ids[:, i].gather(1, best).squeeze(1)
+        logits = F.linear(h, lm_head) if ids is None else torch.bmm(F.embedding(ids[:, i], lm_head), h.unsqueeze(-1)).squeeze(-1)
+        if noise is not None:
+            logits = logits.to(torch.float32) + noise[:, i]
+        token = logits.argmax(-1)
+        if ids is not None:
+            token = ids[:, i].gather(1, token.unsqueeze(1)).squeeze(1)
         drafts.append(token)
     return torch.stack(drafts, dim=1)
 
@@ -389,6 +402,15 @@ def latent_consistency(z: Tensor, target: Tensor, index: Tensor, weight: Tensor)
 
 def linear_argmax(hidden: Tensor, weight: Tensor) -> Tensor:
     return gated_lora_linear(hidden, weight).argmax(-1)
+
+
+def linear_sample(hidden: Tensor, weight: Tensor, keys: Tensor, sampling: Sampling) -> Tensor:
+    logits = gated_lora_linear(hidden, weight).to(torch.float32)
+    least = least_kept(logits, sampling)
+    if least is not None:
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    noise = gumbel(keys.unsqueeze(-1), torch.arange(int(weight.shape[0]), device=weight.device))
+    return torch.add(logits, noise, alpha=sampling.temperature).argmax(-1)
 
 
 def accept(drafts: Tensor, predictions: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
-"""The two structured arguments of the contract: the attention rule of a pass, and the sampler head's weights."""
+"""The structured arguments of the contract: the attention rule of a pass, the sampler head's weights, how tokens are drawn."""
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -65,3 +66,28 @@ class AttentionRule:
     block_size: int = 0
     first: Tensor | None = None
     _cache: dict = field(default_factory=dict, init=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits: from softmax(logits / temperature), of the top_k most likely tokens (default: all), and of
+    those the fewest most likely whose probabilities add up to top_p (default: all). Tokens of equal logits stay or go together.
+
+    temperature: above 0. top_k: an integer from 1. top_p: above 0, at most 1. Raises ValueError for others. With both, the
+    probabilities that top_p adds up are among the top_k, in transformers' order.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        def number(value) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+        if not number(self.temperature) or not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature!r}; accepted is a number above 0")
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            raise ValueError(f"top_k is {self.top_k!r}; accepted is an integer from 1, or None")
+        if self.top_p is not None and not (number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p is {self.top_p!r}; accepted is a number above 0 and at most 1, or None")

@@ -1,4 +1,4 @@
-"""Decoding: prefill, then (verify, accept, commit, draft) until done. Greedy; the text equals autoregressive decoding's.
+"""Decoding: prefill, then (verify, accept, commit, draft) until done. The text equals autoregressive decoding's, greedy or drawn.
 
     decoding = Decoding(model, [prompt_ids], mode="quadratic", k=4, max_new_tokens=100)
     for new in decoding:            # new[b]: tokens of sequence b accepted in this step
@@ -15,11 +15,13 @@ from operator import index
 import torch
 from torch import Tensor
 
-from mtp_kernels import accept
+from mtp_kernels import Sampling, accept
 from mtp_model.cache import KVCache
 from mtp_model.layout import MODES, Layout, decoding_layout, prefill_layout
 from mtp_model.model import MTPModel
 from mtp_model.static import StaticStep, blocks_behind, drafting_states, keep_step, recordable, take_step
+
+SEEDS = 2**63
 
 
 @dataclass
@@ -76,6 +78,28 @@ def token_lists(prompts: Sequence[Sequence[int]] | Tensor, name: str = "prompts"
         raise ValueError(f"{name} are {str(prompts)[:80]!r}; accepted are lists of token ids, integers, one list for each sequence") from None
 
 
+def sampling_of(temperature: float, top_k: int | None, top_p: float | None, seed: object = None) -> Sampling | None:
+    """How tokens are drawn, None for greedy text. Raises ValueError for what would go unheeded in greedy text."""
+    if temperature or isinstance(temperature, bool):
+        return Sampling(temperature, top_k, top_p)
+    given = [f"{name} is {value!r}" for name, value in (("top_k", top_k), ("top_p", top_p), ("seed", seed)) if value is not None]
+    if given:
+        raise ValueError(f"{' and '.join(given)} and temperature 0, which is greedy text; accepted is a temperature above 0 with it")
+    return None
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    try:
+        seeds = list(map(index, seed)) if hasattr(seed, "__len__") else [(index(seed) + b) % SEEDS if index(seed) >= 0 else -1 for b in range(count)]
+    except TypeError:
+        seeds = []
+    if len(seeds) != count or not all(0 <= s < SEEDS for s in seeds):
+        raise ValueError(f"seed is {seed!r}; accepted are an integer from 0, a list of {count} below 2^63, one for each prompt, or None")
+    return seeds
+
+
 class Decoding:
     """An iterator over the steps of a decoding; each yields the newly accepted tokens of every sequence.
 
@@ -83,7 +107,14 @@ class Decoding:
     k too. k: masks per block, 1 to the adapter's (default: all of them). eos: end-of-text ids; default the model's, () for none.
     use_sampler: False drafts from the masks' own logits. draft_candidates: how many tokens, 1 to the vocabulary, the sampler chooses
     from for each mask, which spares it most of its reading of lm_head; default all of them. It changes which drafts are offered,
-    never the text, and does nothing without a sampler. static: steps of fixed shape with lengths on the device, recorded once and replayed, on a GPU as a CUDA
+    never the text, and does nothing without a sampler.
+
+    temperature: 0 for greedy text; above, tokens are drawn, as top_k and top_p say (see `mtp_kernels.Sampling`). seed: of the noise that
+    draws them, one integer for each sequence, or of the first, the next ones' being seed + 1, seed + 2, ...; default one from torch's own
+    generator. A token's noise follows from its seed and its position, so a prompt and its seed give one text in every mode, with any k, in any
+    batch, as the most likely tokens do. `seeds` are those that serve.
+
+    static: steps of fixed shape with lengths on the device, recorded once and replayed, on a GPU as a CUDA
     graph (see `mtp_model.static`); default where a step can be recorded, with Triton kernels there and with the specification on a CPU;
     False: each step is laid out by the host. Raises ValueError for anything else, before any work.
     """
@@ -99,6 +130,10 @@ class Decoding:
         eos: Sequence[int] | None = None,
         use_sampler: bool = True,
         draft_candidates: int | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | Sequence[int] | None = None,
         static: bool | None = None,
     ):
         if mode is None:
@@ -125,6 +160,8 @@ class Decoding:
             warnings.warn(f"texts may become {most} tokens long; the model was made for {model.config.max_position_embeddings}", stacklevel=2)
         if draft_candidates is not None and (type(draft_candidates) is not int or not 1 <= draft_candidates <= vocab):
             raise ValueError(f"draft_candidates is {draft_candidates!r}; accepted are an int from 1 to the vocabulary's {vocab}, or None")
+        self.sampling = sampling_of(temperature, top_k, top_p, seed)
+        self.seeds = _seeds(seed, len(prompts)) if self.sampling else [0] * len(prompts)
         self.model, self.mode, self.k, self.max_new_tokens = model, mode, k, max_new_tokens
         self.prompts, self.use_sampler = prompts, use_sampler
         self.draft_candidates = draft_candidates
@@ -167,7 +204,7 @@ class Decoding:
         rows = (k + 1) ** 2 if self.mode.startswith("quadratic") else 1 + 2 * k
         capacity, step = max(lengths) + self.max_new_tokens + rows, None
         if self.static:
-            step = take_step(model, len(lengths), capacity, self.mode, k, self.use_sampler, self.draft_candidates, self.eos)
+            step = take_step(model, len(lengths), capacity, self.mode, k, self.use_sampler, self.draft_candidates, self.eos, self.sampling)
         cache = step.cache if step else KVCache(model.config, len(lengths), capacity, model.device, model.dtype)
 
         # Prefill: the prompts and a block after each, so that the first step already has drafts.
@@ -176,10 +213,10 @@ class Decoding:
         padded = [p + [0] * (max(lengths) - len(p)) for p in self.prompts]
         z = self._forward(layout, torch.tensor(padded, device=model.device).t(), cache)
         last = torch.tensor(lengths, device=model.device) - 1
-        newest = model.greedy(z[last, torch.arange(len(lengths), device=model.device)])  # (B,)
+        newest = self._next_tokens(z[last, torch.arange(len(lengths), device=model.device)].unsqueeze(0), lengths)[0]  # (B,)
         cache.commit(lengths)
         new = self._emit([[token] for token in newest.tolist()])
-        drafts, drafted = self._draft(layout, z, last, newest)
+        drafts, drafted = self._draft(layout, z, last, newest, cache.lengths)
         yield new
         if step:
             yield from self._static_steps(step, newest, drafts, drafted)
@@ -192,7 +229,7 @@ class Decoding:
             if layout.num_ntp > 1:
                 ids = torch.cat([ids, drafts.t()])
             z = self._forward(layout, ids, cache)
-            predictions = model.greedy(z[: layout.num_ntp]).t()  # (B, drafts + 1)
+            predictions = self._next_tokens(z[: layout.num_ntp], [n + 1 for n in cache.lengths]).t()  # (B, drafts + 1)
 
             # Accept: the longest prefix that the model would have written itself.
             counts = None if all(drafted) else torch.tensor([k * d for d in drafted], device=model.device)
@@ -204,7 +241,7 @@ class Decoding:
             cache.commit([0 if done else a + 1 for a, done in zip(lengths, self.finished, strict=True)])
 
             # Draft: from the block behind the last accepted token.
-            drafts, drafted = self._draft(layout, z, accepted, newest)
+            drafts, drafted = self._draft(layout, z, accepted, newest, cache.lengths)
             yield new
 
     def _static_steps(self, step: StaticStep, newest: Tensor, drafts: Tensor | None, drafted: tuple[bool, ...]) -> Iterator[list[list[int]]]:
@@ -212,7 +249,7 @@ class Decoding:
         if all(self.finished):
             return
         room = [0 if done else self.max_new_tokens - len(tokens) for tokens, done in zip(self.tokens, self.finished, strict=True)]
-        step.begin(step.cache.lengths, newest, drafts, drafted, room, self.finished)
+        step.begin(step.cache.lengths, newest, drafts, drafted, room, self.finished, self.seeds)
         began, following = time.perf_counter(), None
         try:
             while not all(self.finished):
@@ -237,8 +274,20 @@ class Decoding:
         self._book("verify", began)
         return z
 
-    def _draft(self, layout: Layout, z: Tensor, accepted: Tensor, newest: Tensor) -> tuple[Tensor | None, tuple[bool, ...]]:
-        """The next drafts (B, k), and which sequences have any: those with a block behind row `accepted`."""
+    def _keys(self, first: list[int], count: int) -> Tensor | None:
+        """(count, B) keys of what is drawn at the positions from `first` of each sequence; None for greedy text."""
+        if self.sampling is None:
+            return None
+        return self.model.keys(*(torch.tensor(numbers, device=self.model.device) for numbers in (self.seeds, first)), count)
+
+    def _next_tokens(self, z: Tensor, first: list[int]) -> Tensor:
+        """(T, B) tokens that the model writes at positions first, first + 1, ... of each sequence, from states z (T, B, d)."""
+        return self.model.next_tokens(z, self.sampling, self._keys(first, z.shape[0]))
+
+    def _draft(
+        self, layout: Layout, z: Tensor, accepted: Tensor, newest: Tensor, position: list[int]
+    ) -> tuple[Tensor | None, tuple[bool, ...]]:
+        """The next drafts (B, k), and which sequences have any: those with a block behind row `accepted`. position: of newest (B,)."""
         nothing = (False,) * len(self.finished)
         if not self.k or all(self.finished):
             return None, nothing
@@ -247,7 +296,10 @@ class Decoding:
         drafted = tuple(behind.any(0).tolist()) if layout.num_blocks <= self.k else (True,) * len(self.finished)
         if not any(drafted):
             return None, nothing
-        drafts = self.model.draft(drafting_states(layout, z, behind), newest, self.use_sampler, self.draft_candidates)
+        keys = self._keys([p + 1 for p in position], self.k)
+        drafts = self.model.draft(
+            drafting_states(layout, z, behind), newest, self.use_sampler, self.draft_candidates, self.sampling, None if keys is None else keys.t()
+        )
         self._book("draft", began)
         return drafts, drafted
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_kernels import rotary_frequencies, swiglu, unchecked
+from mtp_kernels import Sampling, rotary_frequencies, sampling_keys, swiglu, unchecked
 from mtp_kernels.nn import RMSNorm, SamplerHead
 from mtp_model.cache import KVCache
 from mtp_model.config import ModelConfig, MTPConfig
@@ -153,15 +153,25 @@ class MTPModel(nn.Module):
         """(..., V) logits of hidden states (..., d)."""
         return self.operations.gated_lora_linear(z, self.lm_head)
 
-    def greedy(self, z: Tensor) -> Tensor:
-        """(...) the most likely next token, the lowest id on a tie, of hidden states (..., d)."""
-        return self.operations.linear_argmax(z, self.lm_head)
+    def keys(self, seeds: Tensor, first: Tensor, count: int) -> Tensor:
+        """(count, B) keys of what is drawn at positions first, first + 1, ... of each sequence; seeds, first: (B,)."""
+        return sampling_keys(seeds, first + torch.arange(count, device=first.device).unsqueeze(1), self.config.vocab_size)
 
-    def draft(self, z: Tensor, first: Tensor, use_sampler: bool = True, candidates: int | None = None) -> Tensor:
+    def next_tokens(self, z: Tensor, sampling: Sampling | None = None, keys: Tensor | None = None) -> Tensor:
+        """(...) the next token of hidden states (..., d): the most likely, the lowest id on a tie, or one drawn with keys (...)."""
+        if sampling is None:
+            return self.operations.linear_argmax(z, self.lm_head)
+        return self.operations.linear_sample(z, self.lm_head, keys, sampling)
+
+    def draft(
+        self, z: Tensor, first: Tensor, use_sampler: bool = True, candidates: int | None = None, sampling: Sampling | None = None, keys: Tensor | None = None
+    ) -> Tensor:
         """(B, k) draft tokens from the states z (B, k, d) of a block's masks and the token before them, first (B,).
 
         candidates: how many tokens the sampler chooses from for each mask (see `ops.sampler_draft`); default all of them.
+        sampling, keys (B, k): draft for text that is drawn so.
         """
-        if use_sampler and self.sampler is not None:
-            return self.sampler.draft(z, first, self.embed, self.lm_head, candidates)
-        return self.greedy(z)
+        if not use_sampler or self.sampler is None:
+            return self.next_tokens(z, sampling, keys)
+        noise = {} if sampling is None else {"keys": keys, "temperature": sampling.temperature}
+        return self.sampler.draft(z, first, self.embed, self.lm_head, candidates, **noise)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtp_kernels import Sampling
 from mtp_kernels.nn import GatedLoRALinear, version
 from mtp_model.cache import ALIGNMENT, KVCache
 from mtp_model.layout import Layout, decoding_layout
@@ -50,20 +51,20 @@ class Outcome:
 class StaticStep:
     """The step for `batch` sequences with caches of `columns` columns. Options as in `decode.Decoding`.
 
-    State, tensors of fixed address: lengths (B,), newest (B,), drafts (B, k), drafted (B,), room (B,), finished (B,).
+    State, tensors of fixed address: lengths (B,), newest (B,), drafts (B, k), drafted (B,), room (B,), finished (B,), seeds (B,).
     """
 
     def __init__(
         self, model: MTPModel, batch: int, columns: int, mode: str, k: int, *, use_sampler: bool = True, draft_candidates: int | None = None,
-        eos: frozenset[int] = frozenset(),
+        eos: frozenset[int] = frozenset(), sampling: Sampling | None = None,
     ):  # fmt: skip
-        self.model, self.mode, self.k = model, mode, k
+        self.model, self.mode, self.k, self.sampling = model, mode, k, sampling
         self.use_sampler, self.draft_candidates = use_sampler, draft_candidates
         device = model.device
         self.layout = decoding_layout(mode, k, (True,) * batch, str(device))
         # All columns that are stored anyway, for a longer text that this step may serve next.
         self.cache = KVCache(model.config, batch, -(-columns // ALIGNMENT) * ALIGNMENT, device, model.dtype)
-        self.lengths, self.newest, self.room = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(3))
+        self.lengths, self.newest, self.room, self.seeds = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(4))
         self.drafts = torch.zeros(batch, k, dtype=torch.int64, device=device)
         self.drafted, self.finished = (torch.zeros(batch, dtype=torch.bool, device=device) for _ in range(2))
         self.eos = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
@@ -78,19 +79,22 @@ class StaticStep:
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        return self.lengths, self.newest, self.room, self.drafts, self.drafted, self.finished
+        return self.lengths, self.newest, self.room, self.drafts, self.drafted, self.finished, self.seeds
 
     @property
     def _written(self) -> tuple[Tensor, ...]:
         return *self.state, self.outcome, *(x for layer in range(self.model.config.num_hidden_layers) for x in self.cache.storage(layer))
 
-    def begin(self, lengths: list[int], newest: Tensor, drafts: Tensor | None, drafted: tuple[bool, ...], room: list[int], finished: list[bool]) -> None:
+    def begin(
+        self, lengths: list[int], newest: Tensor, drafts: Tensor | None, drafted: tuple[bool, ...], room: list[int], finished: list[bool], seeds: list[int]
+    ) -> None:
         """Take over after a prefill that filled the step's cache."""
         self.lengths.copy_(torch.tensor(lengths))
         self.newest.copy_(newest)
         self.drafted.copy_(torch.tensor(drafted))
         self.room.copy_(torch.tensor(room))
         self.finished.copy_(torch.tensor(finished))
+        self.seeds.copy_(torch.tensor(seeds))
         if drafts is not None:
             self.drafts.copy_(drafts)
 
@@ -189,7 +193,8 @@ class StaticStep:
 
     def accept_and_commit(self, z: Tensor) -> Tensor:
         """Accept the longest prefix that the model would have written itself; its K/V already stand in the cache."""
-        predictions = self.model.greedy(z[: self.layout.num_ntp]).t()  # (B, k + 1)
+        z = z[: self.layout.num_ntp]
+        predictions = self.model.next_tokens(z, self.sampling, self._keys(self.k + 1)).t()  # (B, k + 1)
         self.outcome[:, -1] = self.drafted
         accepted, newest, written = self.model.operations.accept_and_commit(
             self.drafts, predictions, self.drafted * self.k, self.lengths, self.room, self.finished, self.eos
@@ -200,13 +205,19 @@ class StaticStep:
         self.outcome[:, self.k + 2] = written
         return accepted
 
+    def _keys(self, count: int) -> Tensor | None:
+        """(count, B) keys of what is drawn behind the newest tokens; None for greedy text."""
+        return None if self.sampling is None else self.model.keys(self.seeds, self.lengths + 1, count)
+
     def draft(self, layout: Layout, z: Tensor, accepted: Tensor) -> None:
         """New drafts from the block behind the last accepted token, where there is one."""
         if not self.k:
             return
         behind = blocks_behind(layout, accepted)
         states = drafting_states(layout, z, behind)
-        self.drafts.copy_(self.model.draft(states, self.newest, self.use_sampler, self.draft_candidates))
+        keys = self._keys(self.k)
+        drafts = self.model.draft(states, self.newest, self.use_sampler, self.draft_candidates, self.sampling, None if keys is None else keys.t())
+        self.drafts.copy_(drafts)
         self.drafted.copy_(behind.any(0))
 
     def _read(self, outcome: Tensor) -> Outcome:
@@ -219,12 +230,15 @@ def _key(model: MTPModel, batch: int, options: tuple) -> tuple:
     return batch, options, version(*model.parameters())
 
 
-def take_step(model: MTPModel, batch: int, columns: int, mode: str, k: int, use_sampler: bool, draft_candidates: int | None, eos: frozenset[int]) -> StaticStep:
+def take_step(
+    model: MTPModel, batch: int, columns: int, mode: str, k: int, use_sampler: bool, draft_candidates: int | None, eos: frozenset[int],
+    sampling: Sampling | None = None,
+) -> StaticStep:  # fmt: skip
     """A step with a cache of at least `columns` columns: one that was kept, or a new one."""
-    key = _key(model, batch, (mode, k, use_sampler, draft_candidates, eos))
+    key = _key(model, batch, (mode, k, use_sampler, draft_candidates, eos, sampling))
     step = model.kept_steps.pop(key, None)
     if step is None or step.cache.capacity < columns:
-        step = StaticStep(model, batch, columns, mode, k, use_sampler=use_sampler, draft_candidates=draft_candidates, eos=eos)
+        step = StaticStep(model, batch, columns, mode, k, use_sampler=use_sampler, draft_candidates=draft_candidates, eos=eos, sampling=sampling)
         step.key = key
     return step
 

@@ -91,7 +91,7 @@ def test_the_models_own_drafting_is_paid_for(recorded, monkeypatch):
     original = recorded.model.draft
     monkeypatch.setattr(recorded.model, "draft", lambda *args: asked.append(args) or drafts.append(original(*args)) or drafts[-1])
     write(recorded.step("quadratic", 2, draft_candidates=5))
-    assert len(asked) >= -(-(LENGTH - 1) // 3) and all(args[2:] == (True, 5) for args in asked)
+    assert len(asked) >= -(-(LENGTH - 1) // 3) and all(args[2:4] == (True, 5) for args in asked)
     assert all(d.shape == (BATCH, 2) for d in drafts)
 
 

@@ -14,7 +14,7 @@ from bench.suites import SUITES
 from bench.timing import CPUClock
 
 CPU = torch.device("cpu")
-NEW = ("rotary_write", "linear_argmax", "accept_and_commit", "sampler_draft", "latent_consistency", "linear_cross_entropy")
+NEW = ("rotary_write", "linear_argmax", "linear_sample", "accept_and_commit", "sampler_draft", "latent_consistency", "linear_cross_entropy")
 SHORT = Scope((16,), short=True)
 SMALL = Setting("linear, k = 2", 5, 2, mode="linear", k=2), Setting(LOSS, 3, 0, True, LOSS)
 
@@ -40,6 +40,7 @@ def cases(operation, settings=SMALL, scope=SHORT, model=TOY):
 def test_counts_of_a_step_by_hand():
     assert counts.rotary_write(3, 4, 2, 8, 2) == counts.Count(2 * (2 * 3 * 8 * 8 + 2 * 3 * 8), 3 * 3 * 6 * 8)  # q, k, v twice, two tables
     assert counts.linear_argmax(3, 100, 8, 2) == counts.Count(2 * (800 + 24) + 24, 2 * 3 * 800)
+    assert counts.linear_argmax(3, 100, 8, 2, drawn=True) == counts.Count(2 * (800 + 24) + 48, 2 * 3 * 800)
     # 2 sequences, 4 drafts, 3 ends: 8 + 10 + 2 + 3 read, 4 state numbers and 6 results, twice 2 flags; 8 + 10 x 3 comparisons
     assert counts.accept_and_commit(2, 4, 3) == counts.Count(8 * (8 + 10 + 2 + 3 + 8 + 6) + 4, 38)
     assert counts.latent_consistency(5, 8, 2) == counts.Count(2 * 80 + 12 * 5 + 4, 120)
@@ -70,7 +71,7 @@ def test_least_of_drafting_by_hand():
 
 def test_cases_are_those_of_the_settings():
     found = {name: cases(name, SETTINGS, Scope((16,)), MODELS["Llama-3.1-8B"]) for name in NEW}
-    assert {name: len(each) for name, each in found.items()} == dict(zip(NEW, (5, 5, 5, 8, 2, 4), strict=True))
+    assert {name: len(each) for name, each in found.items()} == dict(zip(NEW, (5, 5, 5, 5, 8, 2, 4), strict=True))
     assert [c.setting.rows for c in found["rotary_write"]] == [1, 9, 17, 25, 81]
     assert [(c.setting.rows, c.backward) for c in found["linear_cross_entropy"]] == [(2048, True)] * 2 + [(16384, True)] * 2
     assert {c.shape.split("128256, ")[1] for c in found["sampler_draft"]} == {
@@ -139,6 +140,10 @@ def last_draft_wrong(i):
     return drafts
 
 
+def without_noise(i):
+    return suite_step.argmax_eager(i)
+
+
 def without_teacher(i):
     return suite_training.entropy_chunked({name: x for name, x in i.items() if name != "teacher"})
 
@@ -149,7 +154,8 @@ def next_target(i):
 
 @pytest.mark.parametrize(
     "operation, call, shape",
-    [("rotary_write", column_late, ""), ("accept_and_commit", room_left, ""), ("linear_argmax", second_best, ""), ("sampler_draft", not_from_the_list, "64"),
+    [("rotary_write", column_late, ""), ("accept_and_commit", room_left, ""), ("linear_argmax", second_best, ""),
+     ("linear_sample", without_noise, ""), ("sampler_draft", not_from_the_list, "64"),
      ("sampler_draft", last_draft_wrong, "all"), ("linear_cross_entropy", without_teacher, "teacher"), ("latent_consistency", next_target, "")],
 )  # fmt: skip
 def test_what_is_wrong_is_found(operation, call, shape):

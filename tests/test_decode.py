@@ -9,6 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mtp_model.decode
+from mtp_kernels import sampling_keys
+from mtp_kernels._sampling import gumbel
 from mtp_model import Decoding, generate, load_model
 from mtp_model.decode import DecodeStats
 from mtp_model.layout import MODES
@@ -86,6 +88,86 @@ def test_candidates_change_drafts_and_never_the_text(shared, oracle, monkeypatch
     assert all(args[4] == candidates for args, _ in seen)
     same = all(torch.equal(drafts, wanted) for (_, drafts), wanted in zip(seen, exact, strict=True))
     assert same == (candidates == 6)
+
+
+DRAWN = dict(temperature=0.8, seed=[7, 2**63 - 1, 0, 3])
+
+
+@pytest.fixture(scope="module")
+def drawn(shared):
+    """Text drawn by whole forward passes of transformers' model on the growing sequence, with `linear_sample`'s noise."""
+    texts = []
+    with torch.no_grad():
+        for prompt, seed in zip(PROMPTS, DRAWN["seed"], strict=True):
+            ids = list(prompt)
+            for _ in range(NEW):
+                logits = shared.hf(torch.tensor([ids])).logits[0, -1]
+                noise = gumbel(sampling_keys(torch.tensor([seed]), torch.tensor([len(ids)]), 6), torch.arange(6))
+                ids.append(int((logits + 0.8 * noise).argmax()))
+            texts.append(ids[len(prompt) :])
+    return texts
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("use_sampler", [True, False])
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("mode", MODES)
+def test_drawn_text_equals_autoregressive(shared, oracle, drawn, mode, k, use_sampler, static):
+    options = dict(mode=mode, k=k, max_new_tokens=NEW, use_sampler=use_sampler, static=static, **DRAWN)
+    result = generate(shared.model, PROMPTS, **options)
+    assert result.tokens == drawn != oracle
+    if mode != "autoregressive":
+        assert 0 < result.stats.accepted[0] < result.stats.offered[0]
+    alone = generate(shared.model, PROMPTS[2:3], **options | {"seed": DRAWN["seed"][2]})
+    assert alone.tokens == drawn[2:3]
+
+
+@pytest.mark.parametrize("filters", [dict(top_k=2), dict(top_p=0.7), dict(top_k=4, top_p=0.9)], ids=str)
+@pytest.mark.parametrize("mode", MULTI)
+def test_top_k_and_top_p(shared, drawn, mode, filters):
+    options = dict(max_new_tokens=NEW, **DRAWN, **filters)
+    expected = generate(shared.model, PROMPTS, mode="autoregressive", **options).tokens
+    assert expected != drawn
+    for static in (False, True):
+        assert generate(shared.model, PROMPTS, mode=mode, k=3, static=static, draft_candidates=3, **options).tokens == expected
+
+
+@pytest.mark.parametrize("mode", ["linear", "quadratic"])
+def test_drawn_pairs_have_the_models_distribution(shared, mode):
+    """Of the first two tokens after a prompt, over many seeds: chi-square against the product of the model's own probabilities."""
+    prompt, count = [3, 1, 2], 3000
+    result = generate(shared.model, [prompt] * count, mode=mode, k=2, max_new_tokens=2, temperature=1.5, seed=1000)
+    assert sum(result.stats.accepted) > 0  # the second token was drafted
+    with torch.no_grad():
+        texts = torch.tensor([[*prompt, token] for token in range(6)])
+        logits = shared.hf(texts).logits[:, -2:] / 1.5
+    expected = count * (logits[0, 0].softmax(-1).unsqueeze(1) * logits[:, 1].softmax(-1)).view(-1)
+    found = torch.tensor([a * 6 + b for a, b in result.tokens]).bincount(minlength=36)
+    common = expected > 5
+    assert common.sum() > 15
+    deviation = ((found - expected) ** 2 / expected)[common].sum() - common.sum()
+    assert abs(deviation / (2 * common.sum()) ** 0.5) < 4
+
+
+def test_a_seed_for_each_prompt(shared):
+    options = dict(mode="linear", k=2, max_new_tokens=NEW, temperature=1.5)
+
+    def texts(**more):
+        return generate(shared.model, [PROMPTS[0]] * 3, **options, **more).tokens
+
+    several = texts(seed=5)
+    assert len(set(map(tuple, several))) == 3 and texts(seed=[5, 6, 7]) == texts(seed=torch.tensor([5, 6, 7])) == several
+    assert texts(seed=6)[:2] == several[1:]
+    assert texts(seed=[5, 5, 5]) == [several[0]] * 3
+    assert Decoding(shared.model, PROMPTS[:2], **options, seed=2**63 - 1).seeds == [2**63 - 1, 0]
+    torch.manual_seed(1)
+    first = texts()
+    assert texts() != first
+    torch.manual_seed(1)
+    assert texts() == first
+    decoding = Decoding(shared.model, [PROMPTS[0]] * 3, **options)
+    list(decoding)
+    assert texts(seed=decoding.seeds) == decoding.tokens
 
 
 def test_the_toy_accepts_and_rejects(shared):
@@ -290,6 +372,18 @@ def test_pooled_and_mean_tokens_per_step():
         (dict(draft_candidates=0), "draft_candidates is 0; accepted .* 1 to the vocabulary's 6"),
         (dict(draft_candidates=7), "draft_candidates is 7"),
         (dict(draft_candidates=True), "draft_candidates is True"),
+        (dict(temperature=-0.5), "temperature is -0.5"),
+        (dict(temperature="hot"), "temperature is 'hot'"),
+        (dict(temperature=True), "temperature is True"),
+        (dict(top_k=5), "top_k is 5 and temperature 0, which is greedy"),
+        (dict(top_p=0.9, seed=3), "top_p is 0.9 and seed is 3 and temperature 0"),
+        (dict(temperature=1.0, top_k=0), "top_k is 0"),
+        (dict(temperature=1.0, top_p=2), "top_p is 2"),
+        (dict(temperature=1.0, seed=[1, 2]), "a list of 4"),
+        (dict(temperature=1.0, seed=-1), "seed is -1"),
+        (dict(temperature=1.0, seed=1.5), "seed is 1.5"),
+        (dict(temperature=1.0, seed=[1, 2, 3, 2**63]), "below 2.63"),
+        (dict(temperature=1.0, seed="abcd"), "seed is 'abcd'"),
     ],
 )
 def test_errors(shared, options, word):

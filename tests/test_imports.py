@@ -26,8 +26,11 @@ def imports(path):
 
 def test_reference_stands_alone():
     modules = {module for module, _ in imports(ROOT / "mtp_kernels" / "reference.py")}
-    assert {m for m in modules if m.split(".")[0] not in {"torch", *sys.stdlib_module_names}} == {"mtp_kernels.types", "mtp_kernels._gradients"}
+    assert {m for m in modules if m.split(".")[0] not in {"torch", *sys.stdlib_module_names}} == {
+        "mtp_kernels.types", "mtp_kernels._gradients", "mtp_kernels._sampling",
+    }  # fmt: skip
     assert {m.split(".")[0] for m, _ in imports(ROOT / "mtp_kernels" / "_gradients.py")} == {"torch"}
+    assert {m for m, _ in imports(ROOT / "mtp_kernels" / "_sampling.py")} == {"torch", "mtp_kernels.types"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "mtp_kernels" / "triton").glob("*.py")), ids=lambda p: p.name)
@@ -35,7 +38,7 @@ def test_triton_files_stand_apart(path):
     """An operation knows Triton, the contract's types and the shared files (_*), neither the specification nor the contract."""
     product = {"mtp_kernels.triton.gated_lora"}  # without an adapter
     # the first's backward is that of the product, then of SwiGLU
-    composed = {"gated_lora.py": {"mtp_kernels.triton.swiglu"}, "linear_argmax.py": product, "sampler.py": product}
+    composed = {"gated_lora.py": {"mtp_kernels.triton.swiglu"}, "linear_argmax.py": product | {"mtp_kernels._sampling"}, "sampler.py": product}
     for module, name in imports(path):
         top, place = module.split(".")[0], f"{module}.{name}" if module == "mtp_kernels.triton" else module
         if top == "mtp_kernels":

@@ -49,6 +49,17 @@ def test_half_precision_text_is_autoregressive_text(both, dtype):
     assert generate(model, PROMPTS[:1], mode="quadratic", max_new_tokens=5, eos=()).tokens == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_drawn_text_is_autoregressive_text(both, dtype):
+    model = both("triton", dtype)
+    options = dict(max_new_tokens=6, eos=(), temperature=1.2, top_k=5, top_p=0.95, seed=[4, 9])
+    expected = generate(model, PROMPTS, mode="autoregressive", **options).tokens
+    for static in (False, True):
+        assert generate(model, PROMPTS, mode="quadratic", static=static, **options).tokens == expected
+    if dtype == torch.float32:
+        assert generate(both("reference"), PROMPTS, mode="linear", **options).tokens == expected
+
+
 @pytest.mark.parametrize("both", ["llama", "qwen3"], indirect=True)
 def test_the_same_gradients(both):
     batch = collate([Example(np.array([1, 2, 3, 4, 5, 0, 1]), np.array([False] * 3 + [True] * 4))] * 2, torch.device(DEVICE))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mtp_kernels
-from mtp_kernels import AttentionRule, SamplerWeights
+from mtp_kernels import AttentionRule, SamplerWeights, Sampling
 
 META = "meta"
 
@@ -45,10 +45,12 @@ def valid(name):
             norm=zeros(6, 4),
         ),
         "linear_argmax": lambda: dict(hidden=zeros(3, 4), weight=zeros(5, 4)),
+        "linear_sample": lambda: dict(hidden=zeros(3, 4), weight=zeros(5, 4), keys=integers(3), sampling=Sampling(0.5, 2, 0.9)),
+        "sampling_keys": lambda: dict(seeds=integers(2), positions=integers(3, 1), vocab_size=5),
         "swiglu": lambda: dict(x=zeros(3, 8)),
         "sampler_hidden": lambda: dict(previous=zeros(3, 4), z=zeros(3, 4), weights=sampler()),
         "sampler_draft": lambda: dict(
-            z=zeros(2, 3, 4), first=integers(2), embedding=zeros(5, 4), weights=sampler(), lm_head=zeros(5, 4)
+            z=zeros(2, 3, 4), first=integers(2), embedding=zeros(5, 4), weights=sampler(), lm_head=zeros(5, 4), keys=integers(2, 3)
         ),
         "linear_cross_entropy": lambda: dict(hidden=zeros(3, 4), lm_head=zeros(5, 4), labels=integers(3), teacher=zeros(3, 4), soft=0.5),
         "latent_consistency": lambda: dict(z=zeros(3, 4), target=zeros(5, 4), index=integers(3), weight=zeros(3)),
@@ -62,7 +64,7 @@ def valid(name):
 
 OPS = ["gated_lora_linear", "attention", "rms_norm", "rotary_frequencies", "rotary_tables", "rotary_embedding",
        "rotary_write", "linear_argmax", "swiglu", "sampler_hidden", "sampler_draft", "linear_cross_entropy", "latent_consistency",
-       "accept", "accept_and_commit"]  # fmt: skip
+       "accept", "accept_and_commit", "linear_sample", "sampling_keys"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -70,7 +72,7 @@ def test_the_unchanged_call_is_accepted(name):
     getattr(mtp_kernels, name)(**valid(name))
 
 
-@pytest.mark.parametrize("name", [n for n in OPS if n not in ("rotary_frequencies", "rotary_tables")])
+@pytest.mark.parametrize("name", [n for n in OPS if n not in ("rotary_frequencies", "rotary_tables", "sampling_keys")])
 def test_implementation(name):
     function = getattr(mtp_kernels, name)
     with pytest.raises(ValueError, match="implementation is 'cobol'; accepted are .*reference"):
@@ -202,6 +204,21 @@ CASES = [
     ("sampler_hidden", dict(z=zeros(3, 4, dtype=DOUBLE)), "z has dtype"),
     ("sampler_hidden", dict(previous=zeros(3, 4, dtype=HALF)), "previous .*bfloat16"),
     ("sampler_hidden", dict(previous=zeros(3, 4, device=META)), "previous .* on meta"),
+    ("linear_sample", dict(hidden=zeros(3, 5)), "hidden has shape"),
+    ("linear_sample", dict(weight=zeros(0, 4)), "V from 1"),
+    ("linear_sample", dict(weight=zeros(5, 4, dtype=HALF)), "weight .*bfloat16"),
+    ("linear_sample", dict(keys=integers(2)), "keys has shape"),
+    ("linear_sample", dict(keys=zeros(3)), "keys is torch.float32"),
+    ("linear_sample", dict(keys=integers(3, dtype=torch.int32)), "keys is torch.int32"),
+    ("linear_sample", dict(keys=integers(3, device=META)), "keys .* on meta"),
+    ("linear_sample", dict(sampling=1.0), "sampling is 1.0; accepted is a Sampling"),
+    ("sampling_keys", dict(seeds=integers(2, dtype=torch.int32)), "seeds is torch.int32"),
+    ("sampling_keys", dict(positions=zeros(2)), "positions is torch.float32"),
+    ("sampling_keys", dict(positions=integers(2, device=META)), "positions .* on meta"),
+    ("sampling_keys", dict(vocab_size=0), "vocab_size is 0"),
+    ("sampler_draft", dict(keys=integers(2, 4)), "keys has shape"),
+    ("sampler_draft", dict(keys=zeros(2, 3)), "keys is torch.float32"),
+    ("sampler_draft", dict(temperature=0.0), "temperature is 0.0"),
     ("sampler_draft", dict(z=zeros(2, 4)), "z has shape"),
     ("sampler_draft", dict(first=integers(3)), "first has shape"),
     ("sampler_draft", dict(first=zeros(2)), "first has dtype"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mtp_kernels import Sampling
 from mtp_model import Decoding, generate, load_adapter, load_model, save_adapter, static
 from mtp_model.layout import MODES
 from mtp_model.static import StaticStep, keep_step, take_step
@@ -222,10 +223,13 @@ def test_every_row_of_a_step_is_within_its_columns(toy_adapter_model, monkeypatc
 
 def test_a_step_of_other_options_is_not_taken(toy_adapter_model):
     model = toy_adapter_model(k=3)
-    for options in ({}, dict(draft_candidates=1), dict(use_sampler=False), dict(eos=[2])):
+    drawn = dict(temperature=1.0, seed=3)
+    for options in ({}, dict(draft_candidates=1), dict(use_sampler=False), dict(eos=[2]), drawn, drawn | dict(top_k=2)):
         fixed, host = both_ways(model, mode="quadratic", **dict(max_new_tokens=20, eos=()) | options)
         assert fixed.tokens == host.tokens and fixed.stats.accepted == host.stats.accepted, options
-    assert len(model.kept_steps) == 4
+    assert len(model.kept_steps) == 6
+    fixed, host = both_ways(model, mode="quadratic", max_new_tokens=20, eos=(), temperature=1.0, seed=4)  # of another seed it is taken
+    assert fixed.tokens == host.tokens and len(model.kept_steps) == 6
 
 
 def test_without_torchscript(toy_adapter_model, monkeypatch):
@@ -287,9 +291,9 @@ class _NoWaiting(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("candidates", [None, 3])
+@pytest.mark.parametrize("candidates, sampling", [(None, None), (3, None), (None, Sampling(0.7)), (3, Sampling(0.7, 5, 0.9))], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_nothing_waits_for_the_device(toy_adapter_model, monkeypatch, mode, candidates):
+def test_nothing_waits_for_the_device(toy_adapter_model, monkeypatch, mode, candidates, sampling):
     """A step on tensors without values: whatever would read one fails."""
     pytest.importorskip("triton")
     from mtp_kernels.triton import _device
@@ -299,7 +303,7 @@ def test_nothing_waits_for_the_device(toy_adapter_model, monkeypatch, mode, cand
     model.to("meta")
     launches = []  # attention's, which is not called through its operator without gradients
     monkeypatch.setattr(_device, "launch", lambda kernel, grid, *args, **options: launches.append(kernel))
-    step = StaticStep(model, 2, 300, mode, 0 if mode == "autoregressive" else 2, draft_candidates=candidates, eos=frozenset({1}))
+    step = StaticStep(model, 2, 300, mode, 0 if mode == "autoregressive" else 2, draft_candidates=candidates, eos=frozenset({1}), sampling=sampling)
     with torch.inference_mode(), _NoWaiting() as mode_of_calls:
         step._step()
         step._step()

@@ -178,7 +178,7 @@ def test_a_graph_holds_it(candidates, device):
 def test_operator(device):
     z, first, embedding, weights, lm_head = make(2, 1, 16, 20, torch.float32, device)
     for candidates in (0, 3):
-        arguments = (z, first, embedding, list(weights), lm_head, candidates)
+        arguments = (z, first, embedding, list(weights), lm_head, candidates, None, 1.0)
         torch.library.opcheck(torch.ops.mtp_kernels.sampler_draft.default, arguments, test_utils=("test_schema", "test_faketensor"))
     compiled = torch.compile(lambda z, first: fused(z, first, embedding, weights, lm_head), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(z, first), fused(z, first, embedding, weights, lm_head))

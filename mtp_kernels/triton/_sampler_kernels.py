@@ -8,6 +8,8 @@ of features, (2, tiles, B) float32, and every program of the product after it pu
 import triton
 import triton.language as tl
 
+from mtp_kernels.triton._noise import gumbel
+
 
 @triton.jit
 def _best(values, ids, axis: tl.constexpr):
@@ -18,11 +20,15 @@ def _best(values, ids, axis: tl.constexpr):
 
 
 @triton.jit
-def argmax_kernel(logits_ptr, values_ptr, ids_ptr, N, stride_m, PIECE: tl.constexpr):
-    """The best of one piece of one row's logits; program_id(0) is the row."""
+def argmax_kernel(logits_ptr, keys_ptr, least_ptr, values_ptr, ids_ptr, N, stride_m, temperature, PIECE: tl.constexpr):
+    """The best of one piece of one row's logits; program_id(0) is the row. keys_ptr: add noise; least_ptr: leave out smaller ones."""
     m = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
     logits = tl.load(logits_ptr + m * stride_m + n, mask=n < N, other=float("-inf")).to(tl.float32)
+    if least_ptr is not None:
+        logits = tl.where(logits >= tl.load(least_ptr + m), logits, float("-inf"))
+    if keys_ptr is not None:
+        logits += temperature * gumbel(tl.load(keys_ptr + m), n)
     value, id = _best(logits, n, 0)
     at = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + m
     tl.store(values_ptr + at, value)
@@ -117,11 +123,11 @@ def block_kernel(
 
 @triton.jit
 def vocabulary_kernel(
-    x_ptr, moments_ptr, norm_weight_ptr, norm_bias_ptr, w_ptr, values_ptr, ids_ptr,
-    B, N, K, TILES, stride_wn, stride_wk, eps,
+    x_ptr, moments_ptr, norm_weight_ptr, norm_bias_ptr, w_ptr, keys_ptr, values_ptr, ids_ptr,
+    B, N, K, TILES, stride_wn, stride_wk, stride_key, eps, temperature,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """The best of one tile of W's rows for each LayerNorm(x); values and ids (tiles, B)."""
+    """The best of one tile of W's rows for each LayerNorm(x); values and ids (tiles, B). keys_ptr: with noise on the logits."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     tile = tl.program_id(1)
     features = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -131,6 +137,8 @@ def vocabulary_kernel(
         x_ptr + rows[None, :] * K, inside, w_ptr + tl.minimum(features, N - 1)[:, None].to(tl.int64) * stride_wn, K,
         1, stride_wk, mean, r, norm_weight_ptr, norm_bias_ptr, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+    if keys_ptr is not None:
+        acc += temperature * gumbel(tl.load(keys_ptr + rows * stride_key, mask=inside, other=0)[None, :], tl.minimum(features, N - 1)[:, None])
     value, id = _best(acc, features[:, None], 0)  # past the end is the last row of W again, whose own id is lower
     tl.store(values_ptr + tile * B + rows, value, mask=inside)
     tl.store(ids_ptr + tile * B + rows, id, mask=inside)
@@ -138,8 +146,8 @@ def vocabulary_kernel(
 
 @triton.jit
 def shortlist_kernel(
-    x_ptr, moments_ptr, norm_weight_ptr, norm_bias_ptr, w_ptr, list_ptr, values_ptr, ids_ptr,
-    C, K, TILES, stride_list, stride_wn, stride_wk, eps,
+    x_ptr, moments_ptr, norm_weight_ptr, norm_bias_ptr, w_ptr, list_ptr, keys_ptr, values_ptr, ids_ptr,
+    C, K, TILES, stride_list, stride_wn, stride_wk, stride_key, eps, temperature,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """The best of BLOCK_C ids of one sequence's list, of unit stride; values and ids (pieces, B). One row of x: no matrix instruction."""
@@ -155,7 +163,10 @@ def shortlist_kernel(
         x = _normalised(x, k, K, mean, r, norm_weight_ptr, norm_bias_ptr).to(tl.float32)
         inside = (c < C)[:, None] & (k < K)[None, :]
         acc += tl.trans(x) * tl.load(w_ptr + ids[:, None] * stride_wn + k[None, :] * stride_wk, mask=inside, other=0.0).to(tl.float32)
-    value, id = _best(tl.where(c < C, tl.sum(acc, 1), float("-inf")), tl.where(c < C, ids.to(tl.int32), 2147483647), 0)
+    logits = tl.sum(acc, 1)
+    if keys_ptr is not None:
+        logits += temperature * gumbel(tl.load(keys_ptr + tl.program_id(1) * stride_key), ids)
+    value, id = _best(tl.where(c < C, logits, float("-inf")), tl.where(c < C, ids.to(tl.int32), 2147483647), 0)
     at = tl.program_id(0) * B + tl.program_id(1)
     tl.store(values_ptr + at, value)
     tl.store(ids_ptr + at, id)

@@ -1,17 +1,20 @@
-"""The id of the largest logit: argmax over v of (x W^T)_v, the lowest id on a tie.
+"""The id of the largest logit: argmax over v of (x W^T)_v, the lowest id on a tie; or, with noise on the logits, an id drawn from them.
 
 The logits are the gated LoRA product's without an adapter, `ROWS` rows at a time, so a row's do not depend on its neighbours, nor then
 does its id. They are written and read again: 4 bytes per logit of 16 bits, where W has 2 d that all rows share. Their argmax takes the best of
-each piece of `argmax_tiles` ids, then of the pieces' bests; both keep the lowest id, so where the pieces begin is of no consequence.
+each piece of `argmax_tiles` ids, then of the pieces' bests; both keep the lowest id, so where the pieces begin is of no consequence. Noise
+is made where the logits are read, of a row's key and a token's id; which tokens may be drawn is told by the smallest logit that is left.
 """
 
 import torch
 from torch import Tensor
 
+from mtp_kernels._sampling import least_kept
 from mtp_kernels.triton import _device, _tiles
 from mtp_kernels.triton import _sampler_kernels as kernels
 from mtp_kernels.triton._operator import operator, rows
 from mtp_kernels.triton.gated_lora import gated_lora_linear
+from mtp_kernels.types import Sampling
 
 ROWS = 1024
 
@@ -20,20 +23,22 @@ def _empty(x: Tensor) -> Tensor:
     return torch.empty(x.shape[:1], dtype=torch.int64, device=x.device)
 
 
-@operator(lambda x, weight: _empty(x))
-def _linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
+def _best(x: Tensor, weight: Tensor, keys: Tensor | None = None, sampling: Sampling | None = None) -> Tensor:
     ids, n = _empty(x), weight.shape[0]
     piece, num_warps = _tiles.argmax_tiles(n)
     pieces = _tiles.cdiv(n, piece)
     block_p, pick_warps = _tiles.pick_tiles(pieces)
-    for chunk, into in zip(x.split(ROWS), ids.split(ROWS), strict=True):
+    for first in range(0, x.shape[0], ROWS):
+        chunk, into = x[first : first + ROWS], ids[first : first + ROWS]
         with torch.no_grad():
             logits = gated_lora_linear(chunk, weight)
-        m = chunk.shape[0]
+        m, least = chunk.shape[0], None if sampling is None else least_kept(logits.to(torch.float32), sampling)
         bests = torch.empty((pieces, m), dtype=torch.float32, device=x.device), torch.empty((pieces, m), dtype=torch.int32, device=x.device)
         _device.launch(
             kernels.argmax_kernel, (m, pieces),
-            logits_ptr=logits, values_ptr=bests[0], ids_ptr=bests[1], N=n, stride_m=logits.stride(0), PIECE=piece, num_warps=num_warps,
+            logits_ptr=logits, keys_ptr=None if keys is None else keys[first : first + ROWS], least_ptr=None if least is None else least.contiguous(),
+            values_ptr=bests[0], ids_ptr=bests[1], N=n, stride_m=logits.stride(0), temperature=0.0 if sampling is None else float(sampling.temperature),
+            PIECE=piece, num_warps=num_warps,
         )  # fmt: skip
         _device.launch(
             kernels.pick_kernel, (m,),
@@ -42,5 +47,20 @@ def _linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
     return ids
 
 
+@operator(lambda x, weight: _empty(x))
+def _linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
+    return _best(x, weight)
+
+
+@operator(lambda x, weight, keys, temperature, top_k, top_p: _empty(x))
+def _linear_sample(x: Tensor, weight: Tensor, keys: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    return _best(x, weight, keys, Sampling(temperature, top_k, top_p))
+
+
 def linear_argmax(hidden: Tensor, weight: Tensor) -> Tensor:
     return _linear_argmax(rows(hidden, hidden.shape[-1]), weight).view(hidden.shape[:-1])
+
+
+def linear_sample(hidden: Tensor, weight: Tensor, keys: Tensor, sampling: Sampling) -> Tensor:
+    options = sampling.temperature, sampling.top_k, sampling.top_p
+    return _linear_sample(rows(hidden, hidden.shape[-1]), weight, keys.reshape(-1), *options).view(hidden.shape[:-1])

@@ -6,9 +6,9 @@
               vocabulary    per tile of the vocabulary, the best of LN(v) W_lm^T, or shortlist: per piece of the list
               pick          token_i: the best of the tiles
 
-Each LayerNorm is made by the launch that reads it, from the moments that the one before has left, so that it costs neither a launch
-nor a second reading of the row. Logits are compared in float32 and never written. The k tokens lie in the result, where the next step reads
-them; every size is known from shapes, so that a CUDA graph can hold all of it. With few rows all is bound by reading W1, W2 and W_lm.
+Each LayerNorm is made by the launch that reads it, from the moments that the one before has left, so that it costs neither a launch nor a second
+reading of the row. Logits are compared in float32, with noise for text that is drawn, and never written. The k tokens lie in the result, where the
+next step reads them; every size is known from shapes, so that a CUDA graph can hold all of it. With few rows all is bound by reading W1, W2 and W_lm.
 """
 
 import torch
@@ -67,20 +67,24 @@ class _Steps:
             NORM=token is None, **self._norm(*norm), **self._blocks(self.tiles),
         )  # fmt: skip
 
-    def vocabulary(self, norm: tuple[Tensor, Tensor, Tensor], lm_head: Tensor) -> None:
+    @staticmethod
+    def _noise(keys: Tensor | None, temperature: float) -> dict:
+        return dict(keys_ptr=keys, stride_key=0 if keys is None else keys.stride(0), temperature=temperature)
+
+    def vocabulary(self, norm: tuple[Tensor, Tensor, Tensor], lm_head: Tensor, *noise) -> None:
         _device.launch(
             kernels.vocabulary_kernel, (cdiv(self.b, self.head_tiles.block_m), self.values.shape[0]),
             x_ptr=self.v, w_ptr=lm_head, values_ptr=self.values, ids_ptr=self.ids, B=self.b, N=lm_head.shape[0],
-            stride_wn=lm_head.stride(0), stride_wk=lm_head.stride(1), **self._norm(*norm), **self._blocks(self.head_tiles),
+            stride_wn=lm_head.stride(0), stride_wk=lm_head.stride(1), **self._noise(*noise), **self._norm(*norm), **self._blocks(self.head_tiles),
         )  # fmt: skip
 
-    def shortlist(self, norm: tuple[Tensor, Tensor, Tensor], lm_head: Tensor, listed: Tensor) -> None:
+    def shortlist(self, norm: tuple[Tensor, Tensor, Tensor], lm_head: Tensor, listed: Tensor, *noise) -> None:
         block_c, block_k, num_warps = self.list_tiles
         _device.launch(
             kernels.shortlist_kernel, (self.values.shape[0], self.b),
             x_ptr=self.v, w_ptr=lm_head, list_ptr=listed, values_ptr=self.values, ids_ptr=self.ids, C=listed.shape[1],
             stride_list=listed.stride(0), stride_wn=lm_head.stride(0), stride_wk=lm_head.stride(1),
-            BLOCK_C=block_c, BLOCK_K=block_k, num_warps=num_warps, **self._norm(*norm),
+            BLOCK_C=block_c, BLOCK_K=block_k, num_warps=num_warps, **self._noise(*noise), **self._norm(*norm),
         )  # fmt: skip
 
     def pick(self, into: Tensor) -> None:
@@ -93,8 +97,10 @@ class _Steps:
         )  # fmt: skip
 
 
-@operator(lambda z, first, embedding, weights, lm_head, candidates: _empty(z, *z.shape[:2], dtype=torch.int64))
-def _sampler_draft(z: Tensor, first: Tensor, embedding: Tensor, weights: list[Tensor], lm_head: Tensor, candidates: int) -> Tensor:
+@operator(lambda z, *_: _empty(z, *z.shape[:2], dtype=torch.int64))
+def _sampler_draft(
+    z: Tensor, first: Tensor, embedding: Tensor, weights: list[Tensor], lm_head: Tensor, candidates: int, keys: Tensor | None, temperature: float
+) -> Tensor:
     drafts = _empty(z, *z.shape[:2], dtype=torch.int64)
     if not drafts.numel():
         return drafts
@@ -107,17 +113,26 @@ def _sampler_draft(z: Tensor, first: Tensor, embedding: Tensor, weights: list[Te
     for i in range(z.shape[1]):
         steps.block(embedding, w.w1[:, :d], from_mask[:, i], (steps.u, steps.u_moments), token=token)
         steps.block(steps.u, w.w2, w.b2, (steps.v, steps.v_moments), norm=(steps.u_moments, w.norm1_weight, w.norm1_bias))
+        noise = None if keys is None else keys[:, i], temperature
         if listed is None:
-            steps.vocabulary(second_norm, lm_head)
+            steps.vocabulary(second_norm, lm_head, *noise)
         else:
-            steps.shortlist(second_norm, lm_head, listed[:, i])
+            steps.shortlist(second_norm, lm_head, listed[:, i], *noise)
         token = drafts[:, i]
         steps.pick(token)
     return drafts
 
 
 def sampler_draft(
-    z: Tensor, first: Tensor, embedding: Tensor, weights: SamplerWeights, lm_head: Tensor, *, candidates: int | None = None
+    z: Tensor,
+    first: Tensor,
+    embedding: Tensor,
+    weights: SamplerWeights,
+    lm_head: Tensor,
+    *,
+    candidates: int | None = None,
+    keys: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     short = candidates is not None and candidates < lm_head.shape[0]
-    return _sampler_draft(z, first, embedding, list(weights), lm_head, candidates if short else 0)
+    return _sampler_draft(z, first, embedding, list(weights), lm_head, candidates if short else 0, keys, float(temperature))

@@ -1,0 +1,53 @@
+"""What is drawn from logits without a random generator's state: noise by seed, position and token, and which tokens may be drawn.
+
+The noise of token v at position p is output p V + v of SplitMix64 (Steele, Lea and Flood 2014, OOPSLA) begun at the seed, as a standard
+Gumbel number; it is the same whoever asks, in whatever pass and batch. `triton/_noise.py` has the same in a kernel.
+"""
+
+import torch
+from torch import Tensor
+
+from mtp_kernels.types import Sampling
+
+
+def signed(bits: int) -> int:
+    """The int64 of these 64 bits."""
+    return (bits & 2**64 - 1 ^ 2**63) - 2**63
+
+
+GOLDEN, FIRST, SECOND = (signed(bits) for bits in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+WHOLE = 2.0**40  # the most likely token's weight in `least_kept`
+
+
+def sampling_keys(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    return seeds + positions * signed(GOLDEN * vocab_size)
+
+
+def _mixed(z: Tensor, shift: int) -> Tensor:
+    return z ^ ((z >> shift) & (1 << 64 - shift) - 1)  # a shift that fills with zeros
+
+
+def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
+    """Float32 noise of the tokens ids (..., V) for keys (..., 1)."""
+    z = keys + (ids + 1) * GOLDEN
+    z = _mixed(_mixed(z, 30) * FIRST, 27) * SECOND
+    uniform = ((_mixed(z, 31) >> 1) & 2**63 - 1).to(torch.float32) * 2.0**-63  # fine near 0, where the largest noise comes from
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def least_kept(logits: Tensor, sampling: Sampling) -> Tensor | None:
+    """(..., 1) the smallest logit that top_k and top_p leave of logits (..., V) float32; None: all are left.
+
+    Probabilities are added up as whole numbers, for those have the same sum in any order: which tokens are left must not depend on
+    how a library goes through a row, nor on the rows beside it.
+    """
+    size, top_k, top_p = int(logits.shape[-1]), sampling.top_k, sampling.top_p
+    if (top_k is None or top_k >= size) and top_p in (None, 1):
+        return None
+    top = logits.topk(min(top_k or size, size)).values
+    if top_p in (None, 1):
+        return top[..., -1:]
+    weight = (((top - top[..., :1]).double() / sampling.temperature).exp() * WHOLE).to(torch.int64)
+    upto = weight.cumsum(-1)
+    count = ((upto - weight).double() < top_p * upto[..., -1:].double()).sum(-1, keepdim=True)
+    return top.gather(-1, count.clamp(min=1) - 1)  # 0 only of what is not a number
