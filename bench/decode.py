@@ -3,6 +3,7 @@
     python -m bench.decode                 the table, one sample, a JSON file and a plot
     python -m bench.decode --check         every mode, k in 1, 2, 4, 8, batch 1 and 4: outputs against autoregressive's
     python -m bench.decode --ablation      tokens per step: linear, quadratic, with and without sampler, LCM
+    python -m bench.decode --temperature 1 drawn text (with --check and --ablation too), a seed for each prompt; transformers draws its own
     python -m bench.decode --shape NAME    a shape with random weights: time per step by part, and a prescribed acceptance;
                                            it has settings of its own: --shape NAME --help
 
@@ -22,7 +23,17 @@ from tqdm import tqdm
 from bench import decode_shape
 from bench.report import PeakMemory, environment, quartiles, shown, table, write_json
 from mtp_model import Decoding, MTPModel, generate, load_adapter, load_model
-from mtp_model.arguments import DTYPES, IMPLEMENTATIONS, default_device, default_dtype, device_name, load_tokenizer, positive
+from mtp_model.arguments import (
+    DTYPES,
+    IMPLEMENTATIONS,
+    add_sampling_arguments,
+    default_device,
+    default_dtype,
+    device_name,
+    load_tokenizer,
+    positive,
+    sampling_options,
+)
 from mtp_model.demo import ABLATION, ADAPTER, BASE, HELD_OUT
 from mtp_model.layout import MODES
 from mtp_model.records import read_prompts
@@ -55,10 +66,30 @@ class Row:
         return f"{self.name}, k = {self.k}" if self.k else self.name
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Text that is drawn, not greedy: prompt i of a benchmark with seed i, to its full length, for texts that differ may end anywhere."""
+
+    temperature: float
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def options(self, first: int, count: int) -> dict:
+        """What `generate` takes for `count` prompts from number `first` on."""
+        return vars(self) | {"seed": list(range(first, first + count)), "eos": ()}
+
+
+def texts(drawn: Drawn | None, first: int, batch: list) -> dict:
+    return drawn.options(first, len(batch)) if drawn else {}
+
+
 class Peer:
     """transformers' own decoding of the same weights."""
 
-    def __init__(self, directory: Path, device, dtype):
+    def __init__(self, directory: Path, device, dtype, drawn: Drawn | None = None):
+        self.options, self.drawn = {"do_sample": False}, drawn
+        if drawn:
+            self.options = {"do_sample": True, "temperature": drawn.temperature, "top_k": drawn.top_k or 0, "top_p": drawn.top_p or 1.0}
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
@@ -71,10 +102,8 @@ class Peer:
         pad = self.eos[0] or 0
         ids = torch.tensor([[pad] * (length - len(p)) + p for p in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
-        options = {"prompt_lookup_num_tokens": 10} if lookup else {}
-        out = self.model.generate(
-            ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad, **options
-        )[:, length:].tolist()  # fmt: skip
+        options = self.options | ({"prompt_lookup_num_tokens": 10} if lookup else {}) | ({"min_new_tokens": new_tokens} if self.drawn else {})
+        out = self.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, pad_token_id=pad, **options)[:, length:].tolist()
         for i, tokens in enumerate(out):
             end = next((j + 1 for j, t in enumerate(tokens) if t in self.eos), len(tokens))
             out[i] = tokens[:end]
@@ -106,19 +135,21 @@ def measure(row: Row, model: MTPModel, peer: Peer | None, prompts: list[list[int
     return tokens
 
 
-def compare(rows: list[Row], model: MTPModel, peer: Peer | None, batches: list[list[list[int]]], new_tokens: int, repeats: int) -> None:
-    """Run every row on every batch, in turn, `repeats` times; outputs are held against the first row's."""
+def compare(
+    rows: list[Row], model: MTPModel, peer: Peer | None, batches: list[list[list[int]]], new_tokens: int, repeats: int, drawn: Drawn | None = None
+) -> None:
+    """Run every row on every batch, in turn, `repeats` times; outputs are held against the first row's, but for those transformers draws."""
     longest = max(batches, key=lambda batch: max(map(len, batch)))
     for row in rows:  # warm up: first calls allocate and record steps, which serve texts up to the longest, and on a GPU compile
-        measure(Row(row.name, row.k), model, peer, longest, new_tokens)
+        measure(Row(row.name, row.k), model, peer, longest, new_tokens, **texts(drawn, 0, longest))
     bar = tqdm(total=repeats * len(batches) * len(rows), desc="decode", disable=None)
     for repeat in range(repeats):
-        for batch in batches:
+        for number, batch in enumerate(batches):
             expected = None
             for row in rows:
-                tokens = measure(row, model, peer, batch, new_tokens)
+                tokens = measure(row, model, peer, batch, new_tokens, **texts(drawn, number * len(batches[0]), batch))
                 expected = tokens if expected is None else expected
-                if repeat == 0:
+                if repeat == 0 and (row.name in MODES or not drawn):
                     row.identical += sum(a == b for a, b in zip(tokens, expected, strict=True))
                     row.compared += len(batch)
                 bar.update()
@@ -142,15 +173,15 @@ def main_table(rows: list[Row]) -> tuple[str, Row]:
         cells = [row.label + (" **(best)**" if row is best else ""), f"{row.tokens / row.passes:.2f}" if row.passes else "-"]
         cells.append(f"{row.tokens / sum(row.seconds):.0f}")
         cells += ["{:.2f}x ({:.2f} to {:.2f})".format(*ratio(over, row)) if over else "-" for over in (base, peer)]
-        cells += [f"{row.identical} of {row.compared}", f"{row.peak_mib:.0f}"]
+        cells += [f"{row.identical} of {row.compared}" if row.compared else "-", f"{row.peak_mib:.0f}"]
         lines.append(cells)
     return table(header, lines), best
 
 
-def sample(model: MTPModel, tokenizer, prompt: list[int], row: Row, new_tokens: int, colour: bool) -> str:
+def sample(model: MTPModel, tokenizer, prompt: list[int], row: Row, new_tokens: int, colour: bool, **options) -> str:
     """One continuation with the accepted drafts made visible: green in a terminal, in brackets elsewhere."""
     out = ["\033[2m" + tokenizer.decode(prompt) + "\033[0m" if colour else tokenizer.decode(prompt)]
-    decoding = Decoding(model, [prompt], mode=row.name, k=row.k or None, max_new_tokens=new_tokens)
+    decoding = Decoding(model, [prompt], mode=row.name, k=row.k or None, max_new_tokens=new_tokens, **options)
     for new in decoding:
         drafts, own = tokenizer.decode(new[0][:-1]), tokenizer.decode(new[0][-1:])
         if drafts:
@@ -190,16 +221,20 @@ def plot(rows: list[Row], path: Path, title: str) -> bool:
     return True
 
 
-def check(model: MTPModel, prompts: list[list[int]], new_tokens: int, ks: list[int]) -> tuple[str, bool]:
+def check(model: MTPModel, prompts: list[list[int]], new_tokens: int, ks: list[int], drawn: Drawn | None = None) -> tuple[str, bool]:
     """Every mode and k at batch 1 and 4: how many outputs equal autoregressive decoding's at batch 1."""
-    expected = [generate(model, [p], mode=AUTOREGRESSIVE, max_new_tokens=new_tokens).tokens[0] for p in tqdm(prompts, desc="autoregressive", disable=None)]
+    expected = [
+        generate(model, [p], mode=AUTOREGRESSIVE, max_new_tokens=new_tokens, **texts(drawn, i, [p])).tokens[0]
+        for i, p in enumerate(tqdm(prompts, desc="autoregressive", disable=None))
+    ]
     lines, good = [], True
     ways = [(AUTOREGRESSIVE, 0)] + [(mode, k) for mode in MODES[1:] for k in ks]
     for mode, k in tqdm(ways, desc="check", disable=None):
         cells = [mode, str(k) if k else "-"]
         for size in (1, 4):
             row = Row(mode, k)
-            tokens = [t for i in range(0, len(prompts), size) for t in measure(row, model, None, prompts[i : i + size], new_tokens)]
+            batches = [(i, prompts[i : i + size]) for i in range(0, len(prompts), size)]
+            tokens = [t for i, batch in batches for t in measure(row, model, None, batch, new_tokens, **texts(drawn, i, batch))]
             same = sum(a == b for a, b in zip(tokens, expected, strict=True))
             good &= same == len(prompts)
             cells += [f"{same} of {len(prompts)}", f"{row.tokens / row.passes:.2f}"]
@@ -207,11 +242,14 @@ def check(model: MTPModel, prompts: list[list[int]], new_tokens: int, ks: list[i
     return table(["mode", "k", "same text, batch 1", "tokens per step", "same text, batch 4", "tokens per step"], lines), good
 
 
-def acceptance(model: MTPModel, prompts: list[list[int]], new_tokens: int, mode: str, k: int, use_sampler: bool = True, batch: int = 1) -> dict:
+def acceptance(
+    model: MTPModel, prompts: list[list[int]], new_tokens: int, mode: str, k: int, use_sampler: bool = True, batch: int = 1, drawn: Drawn | None = None
+) -> dict:
     """Tokens per step of one way of decoding: pooled, and over the prompts mean, median and quartiles."""
     row = Row(mode, k)
     for i in tqdm(range(0, len(prompts), batch), desc=f"{mode}, k = {k}", disable=None, leave=False):
-        measure(row, model, None, prompts[i : i + batch], new_tokens, use_sampler=use_sampler)
+        each = prompts[i : i + batch]
+        measure(row, model, None, each, new_tokens, use_sampler=use_sampler, **texts(drawn, i, each))
     middle, low, high = quartiles(row.per_prompt)
     return {"mode": mode, "sampler": use_sampler, "k": k, "pooled": row.tokens / row.passes, "mean": sum(row.per_prompt) / len(row.per_prompt),
             "median": middle, "quartiles": [low, high], "per_prompt": row.per_prompt}  # fmt: skip
@@ -223,7 +261,9 @@ def acceptance_cells(record: dict) -> list[str]:
     return [f"{record['pooled']:.2f}", f"{record['mean']:.2f}", f"{record['median']:.2f} ({low:.2f} to {high:.2f})"]
 
 
-def ablation(model: MTPModel, prompts: list[list[int]], new_tokens: int, k: int, adapters: list[Path]) -> tuple[str, list[dict]]:
+def ablation(
+    model: MTPModel, prompts: list[list[int]], new_tokens: int, k: int, adapters: list[Path], drawn: Drawn | None = None
+) -> tuple[str, list[dict]]:
     """Tokens per step of the method's parts, with quartiles over the prompts; leaves the last adapter on the model."""
     lines, records = [], []
     for directory in adapters:
@@ -234,7 +274,7 @@ def ablation(model: MTPModel, prompts: list[list[int]], new_tokens: int, k: int,
         lcm, steps = training.get("lcm_weight", 1.0) > 0, training.get("steps_done")
         name = ("with LCM" if lcm else "without LCM") + (f", {steps} steps" if steps else "")
         for mode, sampler in (("linear", False), ("linear", True), ("quadratic", False), ("quadratic", True)):
-            record = acceptance(model, prompts, new_tokens, mode, k, sampler)
+            record = acceptance(model, prompts, new_tokens, mode, k, sampler, drawn=drawn)
             records.append(record | {"lcm": lcm, "steps": steps})
             lines.append([f"{mode}, {'with' if sampler else 'without'} sampler, {name}", *acceptance_cells(record)])
     return table([f"k = {k}", *ACCEPTANCE], lines), records
@@ -256,6 +296,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-prompts", type=positive, help="how many of them (default 16; with --check and --ablation 64)")
     parser.add_argument("--new-tokens", type=positive, default=100)
     parser.add_argument("--repeats", type=positive, default=2)
+    add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="which prompt the sample shows")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers' rows out")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="for decode.json and decode.png (default: results)")
@@ -269,6 +310,7 @@ def main(argv=None) -> int:
     if any(argument.partition("=")[0] == "--shape" for argument in argv):
         return decode_shape.main(argv)
     args = build_parser().parse_args(argv)
+    drawn = Drawn(**sampling_options(args)) if sampling_options(args)["temperature"] else None
     args.out.mkdir(parents=True, exist_ok=True)  # before anything is measured
     dtype_name = args.dtype or default_dtype(args.device)
     device, dtype = torch.device(args.device), DTYPES[dtype_name]
@@ -282,16 +324,16 @@ def main(argv=None) -> int:
     where = environment(device)
     settings = {key: shown(value) for key, value in vars(args).items()} | {"dtype": dtype_name}
     print(f"{where['device']}, {dtype_name}, {where['cpu_threads']} CPU threads, torch {where['versions']['torch']}; "
-          f"{len(prompts)} held-out prompts, up to {args.new_tokens} new tokens each, batch {args.batch}\n")  # fmt: skip
+          f"{len(prompts)} held-out prompts, up to {args.new_tokens} new tokens each, batch {args.batch}{f', drawn: {drawn}' if drawn else ''}\n")  # fmt: skip
 
     if args.check:
-        text, good = check(model, prompts, args.new_tokens, args.k or [1, 2, 4, 8])
+        text, good = check(model, prompts, args.new_tokens, args.k or [1, 2, 4, 8], drawn)
         print(text)
         write_json(args.out / "decode_check.json", {"environment": where, "settings": settings, "identical": good, "table": text.splitlines()})
         return 0 if good or dtype != torch.float32 else 1
     if args.ablation:
         adapters = [args.adapter, *(ABLATION if args.adapter == ADAPTER else ())]
-        text, records = ablation(model, prompts, args.new_tokens, (args.k or [model.mtp.num_masks])[0], adapters)
+        text, records = ablation(model, prompts, args.new_tokens, (args.k or [model.mtp.num_masks])[0], adapters, drawn)
         print(text)
         write_json(args.out / "decode_ablation.json", {"environment": where, "settings": settings, "rows": records})
         return 0
@@ -302,15 +344,16 @@ def main(argv=None) -> int:
         rows += [Row(mode, k) for k in ks]
     peer = None
     if not args.no_transformers:
-        peer = Peer(args.model, device, dtype)
+        peer = Peer(args.model, device, dtype, drawn)
         rows += [Row(GENERATE)] + ([Row(LOOKUP)] if args.batch == 1 else [])
     batches = [prompts[i : i + args.batch] for i in range(0, len(prompts), args.batch)]
-    compare(rows, model, peer, batches, args.new_tokens, args.repeats)
+    compare(rows, model, peer, batches, args.new_tokens, args.repeats, drawn)
     text, best = main_table(rows)
     print(text)
     print("\nSpeedups: median (quartiles) over prompts and repeats. Same text: as autoregressive, token for token. "
           "Peak: of the whole process, transformers' copy of the model included.\n")  # fmt: skip
-    print(sample(model, tokenizer, prompts[args.seed % len(prompts)], best, args.new_tokens, sys.stdout.isatty()))
+    number = args.seed % len(prompts)
+    print(sample(model, tokenizer, prompts[number], best, args.new_tokens, sys.stdout.isatty(), **texts(drawn, number, prompts[number : number + 1])))
     records = [vars(r) | {"tokens_per_step": r.tokens / r.passes if r.passes else None, "speedup": ratio(rows[0], r)} for r in rows]
     write_json(args.out / "decode.json", {"environment": where, "settings": settings, "rows": records, "table": text.splitlines()})
     drawn = plot(rows, args.out / "decode.png", f"{where['device']}, {dtype_name}, batch {args.batch}")

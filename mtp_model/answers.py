@@ -1,8 +1,8 @@
 """The frozen model's own answers to the prompts of a data set: training data that says what the model itself will say.
 
 An adapter learns to foresee the model that it is for, so its own continuations fit better than anybody else's text (self-distillation, as
-Medusa trains its heads: Cai et al. 2024, arXiv 2401.10774, section 2.3.2). They are greedy, as decoding is, and are written with this
-package's own decoding: several tokens per step once there is an adapter, and the same text without one.
+Medusa trains its heads: Cai et al. 2024, arXiv 2401.10774, section 2.3.2). They are greedy, or drawn, for an adapter that is to foresee drawn
+text, and are written with this package's own decoding: several tokens per step once there is an adapter, and the same text without one.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mtp_model.decode import generate
+from mtp_model.arguments import add_sampling_arguments, sampling_options
+from mtp_model.decode import SEEDS, generate, sampling_of
 from mtp_model.layout import MODES
 from mtp_model.model import MTPModel
 from mtp_model.records import read_prompts
@@ -22,13 +23,17 @@ from mtp_model.records import read_prompts
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """batch: prompts decoded side by side. mode, k, max_new_tokens: see `mtp_model.Decoding`; the text does not depend on the
-    first two."""
+    """batch: prompts decoded side by side. The others: see `mtp_model.Decoding`; the text does not depend on batch, mode and k.
+    seed: the first prompt's, prompt i has seed + i."""
 
     batch: int = 16
     mode: str = "autoregressive"
     k: int | None = None
     max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
 
     def __post_init__(self):
         for name in ("batch", "max_new_tokens"):
@@ -36,22 +41,35 @@ class AnswerOptions:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted is 1 or more")
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; accepted are {', '.join(MODES)}")
+        if type(self.seed) is not int or not 0 <= self.seed < SEEDS:
+            raise ValueError(f"seed is {self.seed!r}; accepted is an integer from 0 to 2^63 - 1")
+        sampling_of(self.temperature, self.top_k, self.top_p)
+
+    @property
+    def text(self) -> list:
+        """What, beside the model, decides an answer's text, by which lines are told from those of other settings."""
+        return [self.max_new_tokens] + ([self.temperature, self.top_k, self.top_p, self.seed] if self.temperature else [])
+
+    def decoding(self, first: int) -> dict:
+        """What `Decoding` takes for prompts from number `first` on."""
+        drawn = dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=(self.seed + first) % SEEDS) if self.temperature else {}
+        return dict(mode=self.mode, k=self.k, max_new_tokens=self.max_new_tokens) | drawn
 
 
 def write_answers(model: MTPModel, prompts: list[list[int]], out: str | Path, options: AnswerOptions) -> Iterator[int]:
     """Write a line {"prompt_ids", "response_ids", "by"} for each prompt to `out`, in order; yields how many lines stand after each batch.
 
-    by: the model's fingerprint and max_new_tokens, which decide the answer. A file that holds some lines already is continued; what an
+    by: the model's fingerprint and the options that decide the answer. A file that holds some lines already is continued; what an
     interruption cut off is written again. Raises ValueError, and changes nothing, if its lines are not this model's answers to these prompts.
     """
-    out, by = Path(out), [model.fingerprint, options.max_new_tokens]
+    out, by = Path(out), [model.fingerprint, *options.text]
     done = _answered(out, prompts, by) if out.exists() else 0
     yield done
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a", encoding="utf-8") as file:
         for first in range(done, len(prompts), options.batch):
             batch = prompts[first : first + options.batch]
-            tokens = generate(model, batch, mode=options.mode, k=options.k, max_new_tokens=options.max_new_tokens).tokens
+            tokens = generate(model, batch, **options.decoding(first)).tokens
             lines = [json.dumps({"prompt_ids": p, "response_ids": t, "by": by}) + "\n" for p, t in zip(batch, tokens, strict=True)]
             file.write("".join(lines))
             file.flush()
@@ -76,8 +94,9 @@ def _answered(out: Path, prompts: list[list[int]], by: list) -> int:
                     same = False
             if not same:
                 raise ValueError(
-                    f"{out}, line {count + 1} is not this model's answer to prompt {count + 1} with {by[1]} new tokens at most; "
-                    "accepted is a new file, or one that the same model, prompts and max_new_tokens began"
+                    f"{out}, line {count + 1} is not this model's answer to prompt {count + 1} with {by[1]} new tokens at most"
+                    + (f" and temperature, top_k, top_p, seed {by[2:]}" if by[2:] else "")
+                    + "; accepted is a new file, or one that the same model, prompts and options began"
                 )
             if cut_off:
                 break
@@ -94,13 +113,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help='tokens of a {"text"} that are its prompt (default 32)')
     parser.add_argument("--batch", type=int, default=AnswerOptions.batch, help="prompts decoded side by side (default %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=AnswerOptions.max_new_tokens, help="default %(default)s")
+    add_sampling_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn for the first prompt; prompt i has SEED + i (default 0)")
     parser.add_argument("--mode", choices=MODES, help="default: linear with an adapter, autoregressive without")
     parser.add_argument("--k", type=int, help="masks per block (default: the adapter's)")
 
 
 def run(args, model: MTPModel, tokenizer) -> int:
     mode = args.mode or ("linear" if args.adapter else "autoregressive")
-    options = AnswerOptions(args.batch, mode, args.k, args.max_new_tokens)
+    options = AnswerOptions(args.batch, mode, args.k, args.max_new_tokens, seed=args.seed, **sampling_options(args))
     prompts = read_prompts(args.data, tokenizer, vocab_size=model.config.vocab_size, text_tokens=args.prompt_tokens, limit=args.limit)
     with tqdm(total=len(prompts), desc="answers", unit="prompt") as bar:
         for count in write_answers(model, prompts, args.out, options):

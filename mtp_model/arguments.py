@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from mtp_model.checkpoint import load_model
+from mtp_model.decode import sampling_of
 from mtp_model.demo import BASE
 from mtp_model.model import MTPModel
 
@@ -52,6 +53,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=device_name, default=default_device(), help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU that has it, else float32")
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: triton on a GPU, reference on a CPU")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="draw tokens, from softmax(logits / T) (default 0: greedy)")
+    parser.add_argument("--top-k", type=int, metavar="N", help="of the N most likely alone")
+    parser.add_argument("--top-p", type=float, metavar="P", help="of the fewest most likely alone whose probabilities add up to P")
+
+
+def sampling_options(args: argparse.Namespace) -> dict:
+    """What `Decoding` takes, of `add_sampling_arguments`' arguments; refused as it would."""
+    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    sampling_of(**options)
+    return options
 
 
 def load_asked_model(args: argparse.Namespace, device: str | None = None) -> MTPModel:

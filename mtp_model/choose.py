@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mtp_model.arguments import add_sampling_arguments, sampling_options
 from mtp_model.decode import Decoding, generate
 from mtp_model.demo import HELD_OUT
 from mtp_model.layout import MODES
@@ -71,8 +72,8 @@ def measure(
 
     The ways take turns, `rounds` times, so that a machine whose speed changes changes it for all. Not measured are a text before
     each way's first turn and a few steps before the others, for what has to be recorded or compiled. ks: default those of 1, 2, 3,
-    4, 6, 8, 12, 16 that the adapter has. options: of `Decoding`, the same for all. Raises ValueError for a model without an adapter
-    and for arguments that `Decoding` refuses, before any work.
+    4, 6, 8, 12, 16 that the adapter has. options: of `Decoding`, the same for all; of drawn text the seed is by default 0, so that all
+    draw one text. Raises ValueError for a model without an adapter and for arguments that `Decoding` refuses, before any work.
     """
     if model.mtp is None:
         raise ValueError("the model has no adapter, so there is nothing to choose from; load_adapter() gives it one")
@@ -85,10 +86,11 @@ def measure(
         raise ValueError(f"ks are {ks} and modes {list(modes)}; accepted are 1 to the adapter's {masks}, and {', '.join(MODES[1:])}")
     ways = [Measured(AUTOREGRESSIVE), *(Measured(mode, k) for mode in modes for k in ks)]
     batches = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+    seeded = {"seed": 0} if options.get("temperature") else {}
     bar = tqdm(desc="choose", total=len(ways) * rounds, disable=None if progress else True)
     for number in range(rounds):
         for way in ways:
-            asked = {"max_new_tokens": max_new_tokens} | way.options | options
+            asked = {"max_new_tokens": max_new_tokens} | way.options | seeded | options
             decoding = Decoding(model, batches[0], **asked)
             for _ in islice(decoding, UNMEASURED if number else None):
                 pass
@@ -110,6 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="prompts decoded side by side (default %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="default %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
+    add_sampling_arguments(parser)
     parser.add_argument("--modes", nargs="+", choices=MODES[1:], default=list(CANDIDATES), help="default: linear quadratic")
     parser.add_argument("--k", type=int, nargs="+", help="masks per block (default: 1, 2, 3, 4, 6, 8, 12, 16, up to the adapter's)")
 
@@ -117,8 +120,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args, model: MTPModel, tokenizer) -> int:
     prompts = read_prompts(args.prompts, tokenizer, vocab_size=model.config.vocab_size, limit=args.limit)
     ranking = measure(
-        model, prompts, modes=args.modes, ks=args.k, batch=args.batch, max_new_tokens=args.max_new_tokens, rounds=args.rounds, progress=True
-    )
+        model, prompts, modes=args.modes, ks=args.k, batch=args.batch, max_new_tokens=args.max_new_tokens, rounds=args.rounds, progress=True,
+        **sampling_options(args),
+    )  # fmt: skip
     plain = next(way for way in ranking if way.mode == AUTOREGRESSIVE)
     print(f"{'':<18}{'tokens/s':>10}{'speedup':>9}{'tokens per step':>17}")
     for way in ranking:

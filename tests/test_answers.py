@@ -36,9 +36,23 @@ def test_answers_are_greedy_text(shared, tmp_path, options):
     ]
 
 
+DRAWN = dict(temperature=1.3, top_k=4, top_p=0.9, seed=2**63 - 2)
+
+
+@pytest.mark.parametrize("options", [AnswerOptions(2, max_new_tokens=9, **DRAWN), AnswerOptions(3, "quadratic", 4, 9, **DRAWN)])
+def test_drawn_answers_have_a_seed_each(shared, tmp_path, options):
+    list(write_answers(shared.model, PROMPTS, tmp_path / "answers", options))
+    seeds = [2**63 - 2, 2**63 - 1, 0, 1, 2]
+    plain = DRAWN | dict(mode="autoregressive", max_new_tokens=9)
+    expected = [generate(shared.model, [p], **plain | {"seed": s}).tokens[0] for p, s in zip(PROMPTS, seeds, strict=True)]
+    assert [line["response_ids"] for line in written(tmp_path / "answers")] == expected
+    assert written(tmp_path / "answers")[0]["by"] == [shared.model.fingerprint, 9, *DRAWN.values()]
+
+
+@pytest.mark.parametrize("drawn", [{}, DRAWN])
 @pytest.mark.parametrize("cut", [0, 1, 40, 75, 100000])
-def test_interrupted_anywhere(shared, tmp_path, cut):
-    options = AnswerOptions(2, max_new_tokens=6)
+def test_interrupted_anywhere(shared, tmp_path, cut, drawn):
+    options = AnswerOptions(2, max_new_tokens=6, **drawn)
     list(write_answers(shared.model, PROMPTS, tmp_path / "whole", options))
     whole = (tmp_path / "whole").read_bytes()
     (tmp_path / "cut").write_bytes(whole[:cut])
@@ -64,6 +78,8 @@ def test_a_file_of_other_settings_is_refused(shared, make_hf_dir, tmp_path):
         with pytest.raises(ValueError, match="line 1 is not this model's answer to prompt 1 with [34] new tokens at most"):
             list(write_answers(model, PROMPTS, path, AnswerOptions(max_new_tokens=longest)))
         assert path.read_bytes() == before
+    with pytest.raises(ValueError, match=r"and temperature, top_k, top_p, seed \[1.0, None, None, 5\]; accepted is a new file"):
+        list(write_answers(shared.model, PROMPTS, path, AnswerOptions(max_new_tokens=3, temperature=1.0, seed=5)))
     assert list(write_answers(shared.model, PROMPTS, path, AnswerOptions(max_new_tokens=3)))[-1] == len(PROMPTS)
 
 
@@ -72,6 +88,12 @@ def test_options_out_of_range():
         AnswerOptions(0)
     with pytest.raises(ValueError, match="mode is 'fast'"):
         AnswerOptions(mode="fast")
+    with pytest.raises(ValueError, match="top_k is 3 and temperature 0"):
+        AnswerOptions(top_k=3)
+    with pytest.raises(ValueError, match="temperature is -1"):
+        AnswerOptions(temperature=-1)
+    with pytest.raises(ValueError, match="seed is -1"):
+        AnswerOptions(temperature=1, seed=-1)
 
 
 def test_answers_are_training_data(shared, tmp_path, tokenizer):
@@ -125,3 +147,7 @@ def test_command_line(tmp_path, monkeypatch, capsys, flags, mode, k):
     assert [(o["mode"], o["k"], o["max_new_tokens"]) for o in asked] == [(mode, k, 3)] * 2
     assert [(len(r["prompt_ids"]), len(r["response_ids"])) for r in written(out)] == [(2, 3), (1, 3)]
     assert "2 answers in" in capsys.readouterr().out
+    assert __main__.main([*arguments, "--out", str(tmp_path / "drawn"), "--device", "cpu", "--temperature", "0.5", "--top-k", "7", "--seed", "9"]) == 0
+    assert [(o["temperature"], o["top_k"], o["top_p"], o["seed"]) for o in asked[2:]] == [(0.5, 7, None, 9), (0.5, 7, None, 10)]
+    assert __main__.main([*arguments, "--out", str(tmp_path / "none"), "--device", "cpu", "--top-k", "7"]) == 2
+    assert "top_k is 7 and temperature 0" in capsys.readouterr().err

@@ -41,6 +41,23 @@ def test_json_names_settings_versions_and_commit(result):
     assert any(r["name"] == "transformers generate" for r in values["rows"])
 
 
+def test_drawn_text(tmp_path, capsys):
+    """Ours is one text in every way, to its full length; transformers draws another, which is not compared."""
+    arguments = ["--num-prompts", "2", "--new-tokens", "12", "--repeats", "1", "--k", "3", "--device", "cpu", "--out", str(tmp_path)]
+    assert decode.main([*arguments, "--temperature", "0.9", "--top-k", "40"]) == 0
+    rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert [(r["identical"], r["compared"]) for r in rows] == [(2, 2)] * 3 + [(0, 0)] * 2
+    assert {r["tokens"] for r in rows} == {24}
+    assert "top_k=40" in capsys.readouterr().out
+    assert decode.main([*arguments, "--temperature", "0.9", "--check"]) == 0
+    assert decode.main([*arguments, "--temperature", "0.9", "--ablation"]) == 0
+    greedy = decode.acceptance(decode.load_adapter(ADAPTER).apply(decode.load_model(BASE)), [[1, 2], [3]], 12, "quadratic", 3)
+    drawn = decode.acceptance(decode.load_adapter(ADAPTER).apply(decode.load_model(BASE)), [[1, 2], [3]], 12, "quadratic", 3, drawn=decode.Drawn(3.0))
+    assert drawn["pooled"] < greedy["pooled"]
+    with pytest.raises(ValueError, match="top_k is 40 and temperature 0"):
+        decode.main([*arguments, "--top-k", "40"])
+
+
 def test_sample_brackets_hold_only_drafts():
     model = decode.load_adapter(ADAPTER).apply(decode.load_model(BASE, dtype=torch.float32))
     tokenizer = decode.load_tokenizer(BASE)

@@ -26,6 +26,14 @@ def test_every_way_is_measured(shared):
     assert plain.tokens_per_step == 1 and plain.k is None
 
 
+def test_drawn_text_is_one_text(shared, monkeypatch):
+    texts = []
+    monkeypatch.setattr(choose, "generate", lambda *args, **options: texts.append(generate(*args, **options)) or texts[-1])
+    ranking = measure(shared.model, PROMPTS, modes=["linear"], ks=[2], max_new_tokens=8, rounds=1, eos=(), temperature=1.0)
+    plain, multi = ([r.tokens for r in texts[i : i + 3]] for i in (0, 3))
+    assert plain == multi != [[generate(shared.model, [p], max_new_tokens=8, eos=()).tokens[0]] for p in PROMPTS] and len(ranking) == 2
+
+
 def test_the_slow_way_comes_last(shared, monkeypatch):
     original = choose.generate
 
@@ -80,6 +88,9 @@ def test_command_line(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert {line.split("  ")[0] for line in lines[1:4]} == {"autoregressive", "quadratic, k = 1", "quadratic, k = 2"}
     assert lines[-1].startswith("fastest here, with 1 side by side: --mode ") and "1.00x" in "".join(lines)
+    assert __main__.main([*arguments, "--temperature", "0.8", "--top-p", "0.9"]) == 0
+    assert __main__.main([*arguments, "--top-p", "0.9"]) == 2
+    assert "top_p is 0.9 and temperature 0" in capsys.readouterr().err
     assert __main__.main([*arguments, "--k", "9"]) == 2
     assert "accepted are 1 to the adapter's 8" in capsys.readouterr().err
 

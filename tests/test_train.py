@@ -548,6 +548,22 @@ def test_generate_command(command_line, capsys):
     assert main(["generate", *options, "--chat", "a b c"]) == 2 and "no chat template" in capsys.readouterr().err
 
 
+def test_generate_draws(command_line, capsys):
+    """The seed that served is told, and gives the same text again, in another mode too."""
+    place, _ = command_line
+    arguments = ["generate", "--model", str(place / "model"), "--adapter", str(place / "whole"), "--device", "cpu", "--max-new-tokens", "12", "a b c"]
+    assert main([*arguments, "--temperature", "2", "--top-k", "9"]) == 0
+    first = capsys.readouterr()
+    seed = first.err.split("seed ")[1].strip()
+    assert main([*arguments, "--temperature", "2", "--top-k", "9", "--seed", seed, "--mode", "quadratic"]) == 0
+    again = capsys.readouterr()
+    assert again.out == first.out and f"seed {seed}" in again.err
+    assert main(arguments) == 0
+    greedy = capsys.readouterr()
+    assert greedy.out != first.out and "seed" not in greedy.err
+    assert main([*arguments, "--seed", "3"]) == 2 and "seed is 3 and temperature 0" in capsys.readouterr().err
+
+
 def test_generate_writes_its_last_words(command_line, capsys, monkeypatch):
     """All of the text, a character that is not whole at its end too; the end-of-text token is none of it."""
     place, _ = command_line
