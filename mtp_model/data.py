@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mtp_model.records import encode_pieces, parse, read_rows
+from mtp_model.records import encode_sequences, parse, read_rows
 
 REPORTED = 10  # broken lines that are reported one by one
 STORE = "store.json"
@@ -109,12 +109,14 @@ class Batch:
     lengths: Tensor
 
 
-def _example(record: dict, tokenizer, end: list[int], vocab_size: int) -> Example:
-    pieces = encode_pieces(record, tokenizer, end)
-    ids = np.array([t for piece, _ in pieces for t in piece], dtype=np.int64)  # before it is known that they fit into 32 bits
-    if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
-        raise ValueError(f"token ids are {ids.min()} to {ids.max()}; the model's vocabulary has {vocab_size}")
-    return Example(ids.astype(np.int32), np.array([a for piece, a in pieces for _ in piece], dtype=bool))
+def _examples(record: dict, tokenizer, end: list[int], vocab_size: int) -> list[Example]:
+    examples = []
+    for pieces in encode_sequences(record, tokenizer, end):
+        ids = np.array([t for piece, _ in pieces for t in piece], dtype=np.int64)  # before it is known that they fit into 32 bits
+        if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
+            raise ValueError(f"token ids are {ids.min()} to {ids.max()}; the model's vocabulary has {vocab_size}")
+        examples.append(Example(ids.astype(np.int32), np.array([a for piece, a in pieces for _ in piece], dtype=bool)))
+    return examples
 
 
 def has_anchor(answer: np.ndarray) -> bool:
@@ -157,7 +159,7 @@ def read_examples(
                     if isinstance(row, bytes) and not row.strip():
                         continue
                     try:
-                        example = _example(parse(row), tokenizer, [] if eos is None else [eos], vocab_size)
+                        examples = _examples(parse(row), tokenizer, [] if eos is None else [eos], vocab_size)
                     except (ValueError, TypeError, OverflowError, RecursionError) as error:
                         if not skip_broken:
                             raise ValueError(f"{where}: {error}") from None
@@ -165,13 +167,14 @@ def read_examples(
                         if len(skipped) <= REPORTED:
                             _report(f"left out: {skipped[-1]}")
                         continue
-                    for i in range(0, len(example.ids), max_length):
-                        piece = Example(example.ids[i : i + max_length], example.answer[i : i + max_length])
-                        if has_anchor(piece.answer):
-                            sink.add(piece)
-                        else:
-                            dropped += 1
-                    parted += len(example.ids) > max_length and not example.answer[:max_length].any()
+                    for example in examples:
+                        for i in range(0, len(example.ids), max_length):
+                            piece = Example(example.ids[i : i + max_length], example.answer[i : i + max_length])
+                            if has_anchor(piece.answer):
+                                sink.add(piece)
+                            else:
+                                dropped += 1
+                        parted += len(example.ids) > max_length and not example.answer[:max_length].any()
         for count, what in (
             (len(skipped), "broken lines left out"),
             (dropped, "pieces left out, with no answer of two tokens or more"),
@@ -190,7 +193,7 @@ def read_examples(
     if store.exists() and not store.is_dir():
         raise ValueError(f"store is {store}, which is not a directory; accepted is a directory, or the name of a new one")
     made_of = {
-        "format": 1, "sources": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in paths], "tokenizer": _identity(tokenizer),
+        "format": 2, "sources": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in paths], "tokenizer": _identity(tokenizer),
         "max_length": max_length, "vocab_size": vocab_size, "eos": eos, "skip_broken": skip_broken,
     }  # fmt: skip
     found = _open_store(store, made_of)

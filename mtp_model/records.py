@@ -7,9 +7,10 @@ Each line (parquet: row) is one of
     {"text": "..."}                                              every token is an answer
     {"prompt_ids": [1, 2], "response_ids": [3, 4]}               tokens as they are, e.g. a model's own continuation
 
-Messages go through the tokenizer's chat template; a content may be a list of {"type": "text", "text": "..."}. Answers that the template
-writes otherwise once a turn follows, as Qwen 3's does without their thoughts, are part of the next one's prompt. Other keys are
-ignored. End-of-text is appended to responses and texts. Files are read one line at a time.
+Messages go through the tokenizer's chat template; a content may be a list of {"type": "text", "text": "..."}. Where the template writes
+earlier answers otherwise once a turn follows, as Qwen 3's does without their thoughts, the conversation up to each such answer is a
+sequence of its own, for so the model reads it when it answers. Other keys are ignored. End-of-text is appended to responses and
+texts. Files are read one line at a time.
 """
 
 import json
@@ -62,30 +63,30 @@ def _ids(record: dict, name: str) -> list[int]:
     return record[name]
 
 
-def encode_pieces(record: dict, tokenizer, end: list[int]) -> list[tuple[list[int], bool]]:
-    """A record as (ids, is_answer) pieces in order."""
+def encode_sequences(record: dict, tokenizer, end: list[int]) -> list[list[tuple[list[int], bool]]]:
+    """A record as sequences, mostly one, of (ids, is_answer) pieces in order."""
     if "prompt_ids" in record and "response_ids" in record:
-        return [(_ids(record, "prompt_ids"), False), (_ids(record, "response_ids"), True)]
+        return [[(_ids(record, "prompt_ids"), False), (_ids(record, "response_ids"), True)]]
     if "prompt" in record and "response" in record:
-        return [(_encode(tokenizer, record["prompt"], special=True), False), (_encode(tokenizer, record["response"]) + end, True)]
+        return [[(_encode(tokenizer, record["prompt"], special=True), False), (_encode(tokenizer, record["response"]) + end, True)]]
     if "text" in record:
-        return [(_encode(tokenizer, record["text"], special=True) + end, True)]
+        return [[(_encode(tokenizer, record["text"], special=True) + end, True)]]
     if "messages" in record:
         messages, render = _chat(record, tokenizer)
-        pieces, done = [], ""
+        sequences, done = [[]], ""
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             before, after = render(messages[:i], add_generation_prompt=True), render(messages[: i + 1])
             if not after.startswith(before):
                 raise ValueError("the chat template rewrites earlier turns, so answers cannot be told from prompts")
-            if not before.startswith(done):  # answers that the model would not write so: they are prompt now
-                pieces, done = [], ""
-            pieces += [(_encode(tokenizer, before[len(done) :]), False), (_encode(tokenizer, after[len(before) :]), True)]
+            if not before.startswith(done):  # the answers so far are written otherwise from here on
+                sequences, done = [*sequences, []], ""
+            sequences[-1] += [(_encode(tokenizer, before[len(done) :]), False), (_encode(tokenizer, after[len(before) :]), True)]
             done = after
-        if not pieces:
+        if not sequences[0]:
             raise ValueError('"messages" has no assistant turn')
-        return pieces
+        return sequences
     raise ValueError(f"found keys {sorted(record)}; accepted are {FORMS}")
 
 

@@ -148,14 +148,18 @@ def test_chat_templates_that_cannot_serve(read):
         read(chat, tokenizer=make_tokenizer(REFUSING))
 
 
-def test_answers_that_a_template_writes_otherwise_later_are_prompt(read):
+def test_answers_that_a_template_writes_otherwise_later_are_sequences_of_their_own(read, capsys):
+    """Each as the model would have written it, behind the conversation as the model would have read it."""
     chat = [{"role": role, "content": content} for role, content in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
-    examples = read({"messages": chat[:2]}, {"messages": chat}, {"messages": [*chat, *chat]}, tokenizer=make_tokenizer(THINKING))
-    assert [marked(e) for e in examples] == [
-        "<user> a <bot> E B </S>",
-        "<user> a <bot> b </s> <user> c <bot> E D </S>",
-        "<user> a <bot> b </s> <user> c <bot> d </s> <user> a <bot> b </s> <user> c <bot> E D </S>",
-    ]
+    first, second = "<user> a <bot> E B </S>", "<user> a <bot> b </s> <user> c <bot> E D </S>"
+    third = "<user> a <bot> b </s> <user> c <bot> d </s> <user> a <bot> E B </S>"
+    options = dict(tokenizer=make_tokenizer(THINKING))
+    examples = read({"messages": chat[:2]}, {"messages": chat}, {"messages": [*chat, *chat[:2]]}, **options)
+    assert [marked(e) for e in examples] == [first, first, second, first, second, third]
+    short = read({"messages": chat}, max_length=8, **options)  # the second's prompt fills a sequence
+    assert [marked(e) for e in short] == [first, "E D </S>"] and "1 prompts fill the 8 tokens" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="line 1: token ids are .*vocabulary has 8"):
+        read({"messages": chat}, vocab_size=8, **options)
 
 
 def test_places_for_masks_are_those_of_the_loss(read, capsys):
