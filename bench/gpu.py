@@ -3,8 +3,8 @@
     python -m bench.gpu [--out DIR] [--minutes 9] [--only NAME ...]
 
 One after the other, each in a process of its own with a time limit: the tests on real kernels (which compile some 1,500, so they are shared
-by as many processes as there are cores), the kernel benchmarks, the demo model's texts compared in bfloat16 and float32, its decoding
-timed, decoding steps of Llama shapes with random weights, a short training run, and training steps against the plain way. --only: some of
+by as many processes as there are cores), the kernel benchmarks, the demo model's texts compared in bfloat16 and float32, greedy and drawn,
+its decoding timed, decoding steps of Llama shapes with random weights, a short training run, and training steps against the plain way. --only: some of
 the steps, where one call's time is short. `summary.json` has GPU, versions, commit and date, and what became of each step, of earlier
 calls too. The exit status is 1 if a step failed or ran out of time.
 """
@@ -59,11 +59,13 @@ def steps(out: Path, texts: Path) -> list[Step]:
     train = ("--data", str(texts), "--out", str(out / "train"), "--steps", "60", "--rank", "32", "--batch-size", "16", "--warmup", "5",
              "--max-length", "512", "--dtype", "bfloat16", "--lr", "1e-3", "--log-every", "1")  # fmt: skip
     shapes = ("--shape", "Llama-3.1-8B", "Llama-3.2-1B", "--quick", "--minutes", "1.8", "--json", str(out / "decode_shapes.json"))
+    check = (python, "-m", "bench.decode", "--check")
     return [
         Step("tests", (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=30", *tests, "tests/test_static.py"), 0.35, processes),
         Step("kernels", (python, "-m", "bench.kernels", "--quick", "--minutes", "2", "--out", str(out)), 0.35),
-        Step("check_bfloat16", (python, "-m", "bench.decode", "--check", "--num-prompts", "16", "--dtype", "bfloat16", "--out", str(out / "bfloat16")), 0.25),
-        Step("check_float32", (python, "-m", "bench.decode", "--check", "--num-prompts", "16", "--dtype", "float32", "--out", str(out / "float32")), 0.25),
+        Step("check_bfloat16", (*check, "--num-prompts", "16", "--dtype", "bfloat16", "--out", str(out / "bfloat16")), 0.25),
+        Step("check_float32", (*check, "--num-prompts", "16", "--dtype", "float32", "--out", str(out / "float32")), 0.25),
+        Step("check_drawn", (*check, "--num-prompts", "8", "--k", "2", "8", "--temperature", "0.8", "--top-p", "0.95", "--out", str(out / "drawn")), 0.15),
         Step("decode", (python, "-m", "bench.decode", "--num-prompts", "8", "--out", str(out)), 0.2),
         Step("decode_shapes", (python, "-m", "bench.decode", *shapes), 0.3),
         Step("train", (python, "-m", "mtp_model", "train", *train), 0.15),
