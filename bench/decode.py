@@ -250,8 +250,13 @@ def acceptance(
     for i in tqdm(range(0, len(prompts), batch), desc=f"{mode}, k = {k}", disable=None, leave=False):
         each = prompts[i : i + batch]
         measure(row, model, None, each, new_tokens, use_sampler=use_sampler, **texts(drawn, i, each))
+    return acceptance_record(row, use_sampler)
+
+
+def acceptance_record(row: Row, use_sampler: bool) -> dict:
+    """What was measured of tokens per step, one decoding of each prompt."""
     middle, low, high = quartiles(row.per_prompt)
-    return {"mode": mode, "sampler": use_sampler, "k": k, "pooled": row.tokens / row.passes, "mean": sum(row.per_prompt) / len(row.per_prompt),
+    return {"mode": row.name, "sampler": use_sampler, "k": row.k, "pooled": row.tokens / row.passes, "mean": sum(row.per_prompt) / len(row.per_prompt),
             "median": middle, "quartiles": [low, high], "per_prompt": row.per_prompt}  # fmt: skip
 
 

@@ -12,9 +12,9 @@ from conftest import randomise_adapter, save_hf
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from bench.decode import acceptance, load_tokenizer
+from bench.decode import acceptance, load_tokenizer, measure
 from bench.studies import __main__ as studies
-from bench.studies import common, domains, gating, options, probe
+from bench.studies import common, domains, drawn, gating, options, probe
 from mtp_model import MTPConfig, generate, load_adapter, load_model, save_adapter
 from mtp_model.cache import KVCache
 from mtp_model.demo import BASE
@@ -189,6 +189,30 @@ def test_ladder_goes_up_the_papers_rungs(toy, tmp_path, monkeypatch):
         before = alone["per_prompt"]
     assert values["differences"] == [] and [row["paper"] for row in values["rows"]] == [2.21, 2.75, 3.05, 3.375]
     assert studies.main(["ladder", *arguments, "--pair", str(toy / "with-lcm"), str(toy / "with-lcm")]) == 2
+
+
+def test_drawn_text(toy, tmp_path, monkeypatch):
+    arguments = [*flags(toy, tmp_path, training=False), "--adapter", toy / "with-lcm", "--temperatures", 0.5, 2]
+    values = study("drawn", *arguments)
+    assert [(r["temperature"], r["noise"], r["same"]) for r in values["rows"]] == [(0, False, 3), (0.5, True, 3), (0.5, False, 3), (2, True, 3), (2, False, 3)]
+    model = load_adapter(toy / "with-lcm").apply(load_model(toy / "model"))
+    for row in values["rows"]:
+        options = dict(temperature=row["temperature"], seed=[0, 1, 2], eos=()) if row["temperature"] else {}
+        if row["noise"] or not row["temperature"]:
+            stats = generate(model, first_prompts(toy), mode="quadratic", max_new_tokens=8, **options).stats
+            assert row["pooled"] == stats.tokens_per_step
+    prompts, seen = first_prompts(toy), []
+    original = model.draft
+    monkeypatch.setattr(type(model), "draft", lambda self, *args: seen.append(args[4:]) or original(*args))
+    with drawn.most_likely_drafts(model):
+        generate(model, prompts, mode="quadratic", max_new_tokens=4, temperature=1.0, seed=0)
+    assert seen and not any(seen)
+    generate(model, prompts, mode="quadratic", max_new_tokens=4, temperature=1.0, seed=0)
+    assert seen[-1][0].temperature == 1.0
+    monkeypatch.undo()
+    monkeypatch.setattr(drawn, "measure", lambda row, *args, **options: [[t[0] ^ 1, *t[1:]] for t in measure(row, *args, **options)])
+    assert studies.main(["drawn", *map(str, arguments)]) == 1
+    assert studies.main(["drawn", *map(str, arguments[:-1]), "0"]) == 2
 
 
 def test_domains_take_only_what_was_not_trained_on(tmp_path):

@@ -50,6 +50,7 @@ FLAGS = {
     "rounds": dict(type=int, default=5, metavar="N", help="rounds of four steps by which a step's time is told (default %(default)s)"),
     "ranks": dict(type=int, nargs="+", default=[1, 4, 16, 64, 128], metavar="R", help="default: 1 4 16 64 128"),
     "k": dict(type=int, nargs="+", metavar="K", help="masks per block (default: 1 to the adapter's)"),
+    "temperatures": dict(type=float, nargs="+", default=[0.3, 0.5, 0.7, 1.0], metavar="T", help="beside 0, greedy text (default: 0.3 0.5 0.7 1)"),
     "variants": dict(nargs="+", metavar="NAME", help="some of the recipes, beside plain (default: all)"),
     "seed": dict(type=int, default=0, help="which prompts are picked, or of the placeholder masks (default %(default)s)"),
 }  # fmt: skip
