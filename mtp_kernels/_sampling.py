@@ -16,6 +16,7 @@ def signed(bits: int) -> int:
 
 
 GOLDEN, FIRST, SECOND = (signed(bits) for bits in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+BELOW_ONE = 1 - 2.0**-24  # the largest float32
 WHOLE = 2.0**40  # the most likely token's weight in `least_kept`
 
 
@@ -32,6 +33,7 @@ def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
     z = keys + (ids + 1) * GOLDEN
     z = _mixed(_mixed(z, 30) * FIRST, 27) * SECOND
     uniform = ((_mixed(z, 31) >> 1) & 2**63 - 1).to(torch.float32) * 2.0**-63  # fine near 0, where the largest noise comes from
+    uniform = uniform.clamp(max=BELOW_ONE)  # what rounds to 1 too has a finite noise: the only token that is left must be drawn
     return -torch.log(-torch.log1p(-uniform))
 
 

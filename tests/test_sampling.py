@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mtp_kernels import SamplerWeights, Sampling, linear_argmax, linear_sample, sampler_draft, sampling_keys
-from mtp_kernels._sampling import gumbel, least_kept
+from mtp_kernels._sampling import gumbel, least_kept, signed
 
 WORD = 2**64 - 1
 GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -70,12 +70,18 @@ def test_keys_broadcast():
 
 
 def test_the_ends_of_the_noise():
-    """The largest uniform number rounds to 1: that token is not drawn; and the smallest's is. Never NaN."""
+    """The largest uniform number would round to 1, and that token's noise is finite still; the smallest's is infinite. Never NaN."""
     last, first = (torch.tensor([[seed_whose_first_output_is(bits)]]) for bits in (WORD, 0))
-    assert gumbel(last, torch.zeros(1, dtype=torch.int64)).item() == -math.inf
+    assert gumbel(last, torch.zeros(1, dtype=torch.int64)).item() == pytest.approx(-math.log(24 * math.log(2)))
     assert gumbel(first, torch.zeros(1, dtype=torch.int64)).item() == math.inf
-    assert draws(torch.tensor([9.0, 0.0]), last[0], Sampling()).tolist() == [1]
+    assert draws(torch.tensor([1.0, 0.0]), last[0], Sampling()).tolist() == [1]
     assert draws(torch.tensor([-9.0, 0.0]), first[0], Sampling()).tolist() == [0]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0, 1), Sampling(1.0, None, 0.5), Sampling(1e-300)], ids=str)
+def test_the_only_token_is_drawn_with_the_smallest_noise(sampling):
+    key = torch.tensor([signed(seed_whose_first_output_is(WORD) - GOLDEN)])  # token 1's
+    assert draws(torch.tensor([0.0, 9.0, 1.0]), key, sampling).tolist() == [1]
 
 
 @pytest.mark.parametrize("over", ["seeds", "positions"])

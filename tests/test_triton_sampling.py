@@ -9,11 +9,11 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from test_sampling import seed_whose_first_output_is  # noqa: E402
+from test_sampling import GOLDEN, WORD, seed_whose_first_output_is  # noqa: E402
 from test_triton_sampler import make  # noqa: E402
 
 from mtp_kernels import Sampling, gated_lora_linear, linear_sample, sampler_draft, sampling_keys  # noqa: E402
-from mtp_kernels._sampling import gumbel, least_kept  # noqa: E402
+from mtp_kernels._sampling import gumbel, least_kept, signed  # noqa: E402
 from mtp_kernels.testing import guarded_outputs, guarded_randn  # noqa: E402
 from mtp_kernels.triton import _noise, _tiles  # noqa: E402
 
@@ -43,8 +43,15 @@ def test_the_noise_is_the_references(device):
     out = torch.empty(len(keys), 1000, device=device)
     noise_kernel[(len(keys),)](keys, out, 1000, BLOCK=1024)
     expected = gumbel(keys.unsqueeze(1), torch.arange(1000, device=device))
-    assert out[0, 0] == -torch.inf and out[1, 0] == torch.inf and not out.isnan().any()
+    assert -2.82 < out[0, 0] < -2.8 and out[1, 0] == torch.inf and not out.isnan().any()
     torch.testing.assert_close(out, expected, atol=2e-4 if device == "cuda" else 2e-5, rtol=1e-6)  # 1 - u is rounded, a GPU's logarithm is too
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0, 1), Sampling(1.0, None, 0.5), Sampling(1e-300)], ids=str)
+def test_the_only_token_is_drawn_with_the_smallest_noise(sampling, device):
+    key = torch.tensor([signed(seed_whose_first_output_is(WORD) - GOLDEN)], device=device)  # token 1's
+    weight = torch.tensor([[0.0], [9.0], [1.0]], device=device)
+    assert fused(torch.ones(1, 1, device=device), weight, key, sampling).tolist() == [1]
 
 
 def check(got, logits, keys, sampling):
