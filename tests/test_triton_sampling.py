@@ -113,6 +113,10 @@ def test_strides_and_nothing(device):
     keys = sampling_keys(torch.arange(4, device=device), torch.arange(3, device=device).unsqueeze(1), 50).t()
     dense = fused(hidden[..., 3:19].contiguous(), weight.contiguous(), keys.contiguous(), SAMPLINGS[0])
     assert torch.equal(fused(hidden[..., 3:19], weight, keys, SAMPLINGS[0]), dense) and dense.unique().numel() > 6
+    apart = keys.flatten().repeat_interleave(2)[::2]  # of one dimension, where reshape copies nothing
+    flat, one = hidden[..., 3:19].flatten(0, 1), keys[0, :1].expand(12)
+    assert torch.equal(fused(flat, weight, apart, SAMPLINGS[0]), dense.flatten())
+    assert torch.equal(fused(flat, weight, one, SAMPLINGS[0]), fused(flat, weight, one.clone(), SAMPLINGS[0]))
     assert fused(hidden[:0, :, :16], weight, keys[:0], SAMPLINGS[1]).shape == (0, 3)
 
 

@@ -63,4 +63,4 @@ def linear_argmax(hidden: Tensor, weight: Tensor) -> Tensor:
 
 def linear_sample(hidden: Tensor, weight: Tensor, keys: Tensor, sampling: Sampling) -> Tensor:
     options = sampling.temperature, sampling.top_k, sampling.top_p
-    return _linear_sample(rows(hidden, hidden.shape[-1]), weight, keys.reshape(-1), *options).view(hidden.shape[:-1])
+    return _linear_sample(rows(hidden, hidden.shape[-1]), weight, keys.reshape(-1).contiguous(), *options).view(hidden.shape[:-1])
