@@ -372,7 +372,7 @@ def sampler_draft(
         raise ValueError(f"candidates is {candidates!r}; accepted are an int from 1 to V = {lm_head.shape[0]}, or None")
     if keys is not None:
         _check_keys(keys, tuple(z.shape[:2]), z.device)
-        Sampling(temperature)
+        temperature = Sampling(temperature).temperature
     return compute(z, first, embedding, weights, lm_head, candidates=candidates, keys=keys, temperature=temperature)
 
 

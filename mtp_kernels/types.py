@@ -1,10 +1,11 @@
 """The structured arguments of the contract: the attention rule of a pass, the sampler head's weights, how tokens are drawn."""
 
-import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
+
+MAX_TEMPERATURE = 1e30
 
 
 class SamplerWeights(NamedTuple):
@@ -73,8 +74,8 @@ class Sampling:
     """How a token is drawn from logits: from softmax(logits / temperature), of the top_k most likely tokens (default: all), and of
     those the fewest most likely whose probabilities add up to top_p (default: all). Tokens of equal logits stay or go together.
 
-    temperature: above 0. top_k: an integer from 1. top_p: above 0, at most 1. Raises ValueError for others. With both, the
-    probabilities that top_p adds up are among the top_k, in transformers' order.
+    temperature: above 0, at most 1e30, for it is multiplied with noise in float32; kept as a float. top_k: an integer from 1. top_p: above 0,
+    at most 1. Raises ValueError for others. With both, the probabilities that top_p adds up are among the top_k, in transformers' order.
     """
 
     temperature: float = 1.0
@@ -85,8 +86,9 @@ class Sampling:
         def number(value) -> bool:
             return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-        if not number(self.temperature) or not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature!r}; accepted is a number above 0")
+        if not number(self.temperature) or not 0 < self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(f"temperature is {self.temperature!r}; accepted is a number above 0 and at most {MAX_TEMPERATURE:g}")
+        object.__setattr__(self, "temperature", float(self.temperature))
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise ValueError(f"top_k is {self.top_k!r}; accepted is an integer from 1, or None")
         if self.top_p is not None and not (number(self.top_p) and 0 < self.top_p <= 1):

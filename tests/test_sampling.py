@@ -157,6 +157,17 @@ def test_little_temperature_is_greedy(dtype):
     assert not torch.equal(linear_sample(hidden, weight, keys, Sampling(50.0)), linear_argmax(hidden, weight))
 
 
+@pytest.mark.parametrize("temperature", [10**30, 1e30])
+def test_great_temperature_is_uniform(temperature):
+    logits = torch.tensor([9.0, 0.0, -9.0, 3.0])
+    keys = sampling_keys(torch.arange(4000), torch.tensor(3), 4)
+    for sampling in (Sampling(temperature), Sampling(temperature, None, 0.99)):
+        assert abs(deviation(draws(logits, keys, sampling).bincount(minlength=4), torch.full((4,), 0.25))) < 4
+    z, embedding = torch.randn(50, 3, 16), torch.randn(40, 16)
+    options = dict(keys=sampling_keys(torch.arange(50).unsqueeze(1), torch.arange(3), 40), temperature=temperature)
+    assert sampler_draft(z, torch.arange(50) % 40, embedding, sampler(16), embedding, **options).unique().numel() > 30
+
+
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, 30, 0.9), Sampling(1.0, None, 0.5)], ids=str)
 @pytest.mark.parametrize("vocab", [7, 1001])
 def test_rows_are_independent(sampling, vocab):
@@ -202,6 +213,7 @@ def test_drafts_have_the_texts_noise(candidates):
 @pytest.mark.parametrize("values, word", [
     (dict(temperature=0), "temperature is 0"), (dict(temperature=-1.0), "temperature is -1.0"), (dict(temperature=math.inf), "temperature is inf"),
     (dict(temperature=math.nan), "temperature is nan"), (dict(temperature=True), "temperature is True"), (dict(temperature="1"), "temperature is '1'"),
+    (dict(temperature=1e31), r"temperature is 1e\+31; accepted is a number above 0 and at most 1e\+30"), (dict(temperature=10**400), "temperature is 1000"),
     (dict(temperature=None), "temperature is None"), (dict(top_k=0), "top_k is 0"), (dict(top_k=2.0), "top_k is 2.0"), (dict(top_k=True), "top_k is True"),
     (dict(top_p=0.0), "top_p is 0.0"), (dict(top_p=1.1), "top_p is 1.1"), (dict(top_p=math.nan), "top_p is nan"), (dict(top_p="0.9"), "top_p is '0.9'"),
     (dict(top_p=True), "top_p is True"),
