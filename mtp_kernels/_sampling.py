@@ -50,6 +50,9 @@ def least_kept(logits: Tensor, sampling: Sampling) -> Tensor | None:
     if top_p in (None, 1):
         return top[..., -1:]
     weight = (((top - top[..., :1]).double() / sampling.temperature).exp() * WHOLE).to(torch.int64)
-    upto = weight.cumsum(-1)
-    count = ((upto - weight).double() < top_p * upto[..., -1:].double()).sum(-1, keepdim=True)
+    upto, last = weight.cumsum(-1), top[..., -1:]
+    whole = upto[..., -1:]
+    if top.shape[-1] < size:  # those of a logit equal to the last one's stay with it
+        whole = whole + weight[..., -1:] * ((logits == last).sum(-1, keepdim=True) - (top == last).sum(-1, keepdim=True))
+    count = ((upto - weight).double() < top_p * whole.double()).sum(-1, keepdim=True)
     return top.gather(-1, count.clamp(min=1) - 1)  # 0 only of what is not a number

@@ -126,6 +126,11 @@ def test_equal_logits_stay_or_go_together():
     for sampling, least in ((Sampling(1.0, 2), 1.0), (Sampling(1.0, 1), 2.0), (Sampling(1.0, None, 0.6), 1.0), (Sampling(1.0, 3, 0.7), 1.0)):
         assert least_kept(logits, sampling).item() == least
     assert least_kept(torch.zeros(1, 7), Sampling(1.0, None, 0.5)).item() == 0.0
+    logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])  # 0.475 and three of 0.175 among the top two: as in transformers, all of them are added up
+    for sampling, least in ((Sampling(1.0, 2, 0.47), 2.0), (Sampling(1.0, 2, 0.48), 1.0), (Sampling(1.0, 2, 0.7), 1.0)):
+        assert least_kept(logits, sampling).item() == least
+        warped = TopPLogitsWarper(sampling.top_p)(None, TopKLogitsWarper(2)(None, logits))
+        assert warped[warped > -torch.inf].min() == least
 
 
 def test_order_does_not_matter_to_what_is_left():
