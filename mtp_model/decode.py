@@ -80,7 +80,7 @@ def token_lists(prompts: Sequence[Sequence[int]] | Tensor, name: str = "prompts"
 
 def sampling_of(temperature: float, top_k: int | None, top_p: float | None, seed: object = None) -> Sampling | None:
     """How tokens are drawn, None for greedy text. Raises ValueError for what would go unheeded in greedy text."""
-    if temperature or isinstance(temperature, bool):
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or temperature:
         return Sampling(temperature, top_k, top_p)
     given = [f"{name} is {value!r}" for name, value in (("top_k", top_k), ("top_p", top_p), ("seed", seed)) if value is not None]
     if given:

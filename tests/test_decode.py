@@ -375,6 +375,8 @@ def test_pooled_and_mean_tokens_per_step():
         (dict(temperature=-0.5), "temperature is -0.5"),
         (dict(temperature="hot"), "temperature is 'hot'"),
         (dict(temperature=True), "temperature is True"),
+        (dict(temperature=None), "temperature is None"),
+        (dict(temperature=torch.tensor([0.5, 0.7])), "temperature is tensor"),
         (dict(top_k=5), "top_k is 5 and temperature 0, which is greedy"),
         (dict(top_p=0.9, seed=3), "top_p is 0.9 and seed is 3 and temperature 0"),
         (dict(temperature=1.0, top_k=0), "top_k is 0"),
