@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mtp_model.decode
-from mtp_kernels import sampling_keys
+from mtp_kernels import Sampling, linear_sample, sampler_draft, sampling_keys
 from mtp_kernels._sampling import gumbel
 from mtp_model import Decoding, generate, load_model
 from mtp_model.decode import DecodeStats
@@ -147,6 +147,27 @@ def test_drawn_pairs_have_the_models_distribution(shared, mode):
     assert common.sum() > 15
     deviation = ((found - expected) ** 2 / expected)[common].sum() - common.sum()
     assert abs(deviation / (2 * common.sum()) ** 0.5) < 4
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("use_sampler", [True, False])
+@pytest.mark.parametrize("mode", MULTI)
+def test_drafts_have_the_noise_of_their_positions(toy_adapter_model, mode, use_sampler, static):
+    """Where the model knows nothing, text and drafts are the noise alone, and every draft is accepted."""
+    model = toy_adapter_model(k=3)
+    model.lm_head.data.zero_()
+    result = generate(model, PROMPTS, mode=mode, max_new_tokens=21, eos=(), use_sampler=use_sampler, static=static, **DRAWN)
+    assert result.stats.passes == [6] * 4 and result.stats.accepted == result.stats.offered
+
+
+def test_drafts_are_drawn_as_the_text_is(shared):
+    model, sampling = shared.model, Sampling(3.0, 2)
+    z, first = torch.randn(5, 8, 32, generator=torch.Generator().manual_seed(0)), torch.arange(5)
+    keys = model.keys(first, first, 8).t()
+    with torch.no_grad():
+        expected = sampler_draft(z, first, model.embed, model.sampler.weights(z.dtype), model.lm_head, candidates=4, keys=keys, temperature=3.0)
+        assert torch.equal(model.draft(z, first, candidates=4, sampling=sampling, keys=keys), expected)
+        assert torch.equal(model.draft(z, first, False, sampling=sampling, keys=keys), linear_sample(z, model.lm_head, keys, sampling))
 
 
 def test_a_seed_for_each_prompt(shared):

@@ -63,6 +63,13 @@ def test_noise_is_splitmix64s(seed, position, vocab):
         assert got == pytest.approx(-math.log(-math.log1p(-u)), abs=1e-5)
 
 
+@pytest.mark.parametrize("bits", [2**20, 2**39 + 12_345, 2**45, 2**55])
+def test_the_largest_noise_is_fine(bits):
+    """Of uniform numbers far below float32's distance from 1 to the next number too."""
+    key, u = torch.tensor([[seed_whose_first_output_is(bits)]]), (bits >> 1) / 2**63
+    assert gumbel(key, torch.zeros(1, dtype=torch.int64)).item() == pytest.approx(-math.log(-math.log1p(-u)), abs=1e-5)
+
+
 def test_keys_broadcast():
     keys = sampling_keys(torch.tensor([3, 4]), torch.arange(5).unsqueeze(1), 10)
     assert keys.shape == (5, 2) and keys.unique().numel() == 10
@@ -131,6 +138,34 @@ def test_equal_logits_stay_or_go_together():
         assert least_kept(logits, sampling).item() == least
         warped = TopPLogitsWarper(sampling.top_p)(None, TopKLogitsWarper(2)(None, logits))
         assert warped[warped > -torch.inf].min() == least
+
+
+def test_the_edge_of_top_p():
+    """Exactly half of what there is is enough; parts that float32 would round away count; a whole vocabulary is added up without overflow."""
+    quarters = torch.tensor([[0.0, -1e-20, -2e-20, -3e-20]])
+    assert least_kept(quarters, Sampling(1.0, None, 0.5)).item() == quarters[0, 1]
+    assert least_kept(torch.tensor([[0.0, -(2.0**-30)]]), Sampling(1.0, None, 0.5 + 1e-10)).item() == 0
+    many = torch.arange(0, -200_000, -1).unsqueeze(0) * 2.0**-40
+    assert least_kept(many, Sampling(1.0, None, 0.25)).item() == many[0, 50_000 - 1]
+
+
+@pytest.mark.parametrize("top_p", [None, 0.5])
+def test_what_is_not_a_number(top_p):
+    for size in (1, 2, 69):
+        assert 0 <= draws(torch.full((size,), torch.nan), torch.tensor([5]), Sampling(1.0, None, top_p)).item() < size
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits_are_filtered_and_drawn_in_32(dtype):
+    """The first token has 0.98222 of the whole; by a difference of logits that is rounded to 16 bits it would have less than top_p."""
+    keys = sampling_keys(torch.arange(3000), torch.tensor(3), 2)
+    small = {torch.bfloat16: (4.0, -0.01171875, 0.9821), torch.float16: (4.0, -0.0018, 0.98203)}[dtype]
+    weight = torch.tensor(small[:2]).unsqueeze(1).to(dtype)
+    assert not linear_sample(torch.ones(3000, 1, dtype=dtype), weight, keys, Sampling(1.0, None, small[2])).any()
+    z, embedding, nothing = torch.randn(4, 3, 16).to(dtype), torch.randn(3000, 16).to(dtype), torch.zeros(3000, 16).to(dtype)
+    keys = sampling_keys(torch.arange(4).unsqueeze(1), torch.arange(3), 3000)
+    drafts = sampler_draft(z, torch.arange(4), embedding, SamplerWeights(*(x.to(dtype) for x in sampler(16))), nothing, keys=keys)
+    assert torch.equal(drafts, gumbel(keys.unsqueeze(-1), torch.arange(3000)).argmax(-1))
 
 
 def test_order_does_not_matter_to_what_is_left():
