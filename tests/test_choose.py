@@ -32,6 +32,9 @@ def test_drawn_text_is_one_text(shared, monkeypatch):
     ranking = measure(shared.model, PROMPTS, modes=["linear"], ks=[2], max_new_tokens=8, rounds=1, eos=(), temperature=1.0)
     plain, multi = ([r.tokens for r in texts[i : i + 3]] for i in (0, 3))
     assert plain == multi != [[generate(shared.model, [p], max_new_tokens=8, eos=()).tokens[0]] for p in PROMPTS] and len(ranking) == 2
+    texts.clear()
+    measure(shared.model, PROMPTS[:1], modes=["linear"], ks=[2], max_new_tokens=8, rounds=1, eos=(), temperature=1.0, seed=7)
+    assert texts[0].tokens == texts[1].tokens == generate(shared.model, PROMPTS[:1], max_new_tokens=8, eos=(), temperature=1.0, seed=7).tokens != plain[0]
 
 
 def test_the_slow_way_comes_last(shared, monkeypatch):

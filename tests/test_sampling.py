@@ -162,9 +162,9 @@ def test_16_bits_are_filtered_and_drawn_in_32(dtype):
     small = {torch.bfloat16: (4.0, -0.01171875, 0.9821), torch.float16: (4.0, -0.0018, 0.98203)}[dtype]
     weight = torch.tensor(small[:2]).unsqueeze(1).to(dtype)
     assert not linear_sample(torch.ones(3000, 1, dtype=dtype), weight, keys, Sampling(1.0, None, small[2])).any()
-    z, embedding, nothing = torch.randn(4, 3, 16).to(dtype), torch.randn(3000, 16).to(dtype), torch.zeros(3000, 16).to(dtype)
-    keys = sampling_keys(torch.arange(4).unsqueeze(1), torch.arange(3), 3000)
-    drafts = sampler_draft(z, torch.arange(4), embedding, SamplerWeights(*(x.to(dtype) for x in sampler(16))), nothing, keys=keys)
+    z, embedding, nothing = torch.randn(64, 3, 16).to(dtype), torch.randn(3000, 16).to(dtype), torch.zeros(3000, 16).to(dtype)
+    keys = sampling_keys(torch.arange(64).unsqueeze(1), torch.arange(3), 3000)
+    drafts = sampler_draft(z, torch.arange(64), embedding, SamplerWeights(*(x.to(dtype) for x in sampler(16))), nothing, keys=keys)
     assert torch.equal(drafts, gumbel(keys.unsqueeze(-1), torch.arange(3000)).argmax(-1))
 
 
