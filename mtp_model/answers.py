@@ -24,7 +24,7 @@ from mtp_model.records import read_prompts
 @dataclass(frozen=True)
 class AnswerOptions:
     """batch: prompts decoded side by side. The others: see `mtp_model.Decoding`; the text does not depend on batch, mode and k.
-    seed: the first prompt's, prompt i has seed + i."""
+    seed: the first prompt's, prompt i has seed + i; default 0."""
 
     batch: int = 16
     mode: str = "autoregressive"
@@ -33,7 +33,7 @@ class AnswerOptions:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self):
         for name in ("batch", "max_new_tokens"):
@@ -41,9 +41,10 @@ class AnswerOptions:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted is 1 or more")
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; accepted are {', '.join(MODES)}")
-        if type(self.seed) is not int or not 0 <= self.seed < SEEDS:
+        if sampling_of(self.temperature, self.top_k, self.top_p, self.seed) and self.seed is None:
+            object.__setattr__(self, "seed", 0)
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < SEEDS):
             raise ValueError(f"seed is {self.seed!r}; accepted is an integer from 0 to 2^63 - 1")
-        sampling_of(self.temperature, self.top_k, self.top_p)
 
     @property
     def text(self) -> list:
@@ -114,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=AnswerOptions.batch, help="prompts decoded side by side (default %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=AnswerOptions.max_new_tokens, help="default %(default)s")
     add_sampling_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn for the first prompt; prompt i has SEED + i (default 0)")
+    parser.add_argument("--seed", type=int, help="of what is drawn for the first prompt; prompt i has SEED + i (default 0)")
     parser.add_argument("--mode", choices=MODES, help="default: linear with an adapter, autoregressive without")
     parser.add_argument("--k", type=int, help="masks per block (default: the adapter's)")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mtp_model.arguments import add_sampling_arguments, sampling_options
-from mtp_model.decode import Decoding, generate
+from mtp_model.decode import Decoding, generate, seeds_of
 from mtp_model.demo import HELD_OUT
 from mtp_model.layout import MODES
 from mtp_model.model import MTPModel
@@ -72,8 +72,8 @@ def measure(
 
     The ways take turns, `rounds` times, so that a machine whose speed changes changes it for all. Not measured are a text before
     each way's first turn and a few steps before the others, for what has to be recorded or compiled. ks: default those of 1, 2, 3,
-    4, 6, 8, 12, 16 that the adapter has. options: of `Decoding`, the same for all; of drawn text the seed is by default 0, so that all
-    draw one text. Raises ValueError for a model without an adapter and for arguments that `Decoding` refuses, before any work.
+    4, 6, 8, 12, 16 that the adapter has. options: of `Decoding`, the same for all; of drawn text the seed is by default 0, the first
+    prompt's, so that all draw one text. Raises ValueError for a model without an adapter and for arguments that `Decoding` refuses, before any work.
     """
     if model.mtp is None:
         raise ValueError("the model has no adapter, so there is nothing to choose from; load_adapter() gives it one")
@@ -85,19 +85,19 @@ def measure(
     if any(wrong) or not ks or not modes:
         raise ValueError(f"ks are {ks} and modes {list(modes)}; accepted are 1 to the adapter's {masks}, and {', '.join(MODES[1:])}")
     ways = [Measured(AUTOREGRESSIVE), *(Measured(mode, k) for mode in modes for k in ks)]
-    batches = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
-    seeded = {"seed": 0} if options.get("temperature") else {}
+    seeds = seeds_of(options.pop("seed", 0), len(prompts)) if options.get("temperature") else None
+    batches = [(prompts[i : i + batch], {"seed": seeds[i : i + batch]} if seeds else {}) for i in range(0, len(prompts), batch)]
     bar = tqdm(desc="choose", total=len(ways) * rounds, disable=None if progress else True)
     for number in range(rounds):
         for way in ways:
-            asked = {"max_new_tokens": max_new_tokens} | way.options | seeded | options
-            decoding = Decoding(model, batches[0], **asked)
+            asked = {"max_new_tokens": max_new_tokens} | way.options | options
+            decoding = Decoding(model, batches[0][0], **asked | batches[0][1])
             for _ in islice(decoding, UNMEASURED if number else None):
                 pass
             decoding.close()
             began, way.tokens, way.passes = time.perf_counter(), 0, 0
-            for each in batches:
-                stats = generate(model, each, **asked).stats
+            for each, seed in batches:
+                stats = generate(model, each, **asked | seed).stats
                 way.tokens, way.passes = way.tokens + sum(stats.tokens), way.passes + sum(stats.passes)
             way.seconds.append(time.perf_counter() - began)
             bar.update()

@@ -80,7 +80,9 @@ def token_lists(prompts: Sequence[Sequence[int]] | Tensor, name: str = "prompts"
 
 def sampling_of(temperature: float, top_k: int | None, top_p: float | None, seed: object = None) -> Sampling | None:
     """How tokens are drawn, None for greedy text. Raises ValueError for what would go unheeded in greedy text."""
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or temperature:
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not temperature >= 0:
+        raise ValueError(f"temperature is {temperature!r}; accepted are 0 for greedy text, or a number above it")
+    if temperature:
         return Sampling(temperature, top_k, top_p)
     given = [f"{name} is {value!r}" for name, value in (("top_k", top_k), ("top_p", top_p), ("seed", seed)) if value is not None]
     if given:
@@ -88,15 +90,20 @@ def sampling_of(temperature: float, top_k: int | None, top_p: float | None, seed
     return None
 
 
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    if seed is None:
-        seed = int(torch.randint(2**62, ()))
+def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """A seed for each of `count` prompts, of what `Decoding` takes. Raises ValueError for anything else."""
     try:
-        seeds = list(map(index, seed)) if hasattr(seed, "__len__") else [(index(seed) + b) % SEEDS if index(seed) >= 0 else -1 for b in range(count)]
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        if hasattr(seed, "__len__"):
+            seeds = list(map(index, seed))
+        else:
+            first = -1 if isinstance(seed, bool) else index(seed)
+            seeds = [(first + b) % SEEDS for b in range(count)] if 0 <= first < SEEDS else []
     except TypeError:
         seeds = []
     if len(seeds) != count or not all(0 <= s < SEEDS for s in seeds):
-        raise ValueError(f"seed is {seed!r}; accepted are an integer from 0, a list of {count} below 2^63, one for each prompt, or None")
+        raise ValueError(f"seed is {seed!r}; accepted are an integer from 0 to 2^63 - 1, a list of {count} of them, one for each prompt, or None")
     return seeds
 
 
@@ -161,7 +168,7 @@ class Decoding:
         if draft_candidates is not None and (type(draft_candidates) is not int or not 1 <= draft_candidates <= vocab):
             raise ValueError(f"draft_candidates is {draft_candidates!r}; accepted are an int from 1 to the vocabulary's {vocab}, or None")
         self.sampling = sampling_of(temperature, top_k, top_p, seed)
-        self.seeds = _seeds(seed, len(prompts)) if self.sampling else [0] * len(prompts)
+        self.seeds = seeds_of(seed, len(prompts)) if self.sampling else [0] * len(prompts)
         self.model, self.mode, self.k, self.max_new_tokens = model, mode, k, max_new_tokens
         self.prompts, self.use_sampler = prompts, use_sampler
         self.draft_candidates = draft_candidates

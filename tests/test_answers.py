@@ -92,6 +92,9 @@ def test_options_out_of_range():
         AnswerOptions(top_k=3)
     with pytest.raises(ValueError, match="temperature is -1"):
         AnswerOptions(temperature=-1)
+    with pytest.raises(ValueError, match="seed is 9 and temperature 0"):
+        AnswerOptions(seed=9)
+    assert AnswerOptions(temperature=1).text == [512, 1, None, None, 0] and AnswerOptions().text == [512]
     with pytest.raises(ValueError, match="seed is -1"):
         AnswerOptions(temperature=1, seed=-1)
     with pytest.raises(ValueError, match="seed is 9223372036854775808"):

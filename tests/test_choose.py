@@ -34,6 +34,8 @@ def test_drawn_text_is_one_text(shared, monkeypatch):
     assert plain == multi != [[generate(shared.model, [p], max_new_tokens=8, eos=()).tokens[0]] for p in PROMPTS] and len(ranking) == 2
     texts.clear()
     measure(shared.model, PROMPTS[:1], modes=["linear"], ks=[2], max_new_tokens=8, rounds=1, eos=(), temperature=1.0, seed=7)
+    measure(shared.model, PROMPTS, modes=["linear"], ks=[2], batch=2, max_new_tokens=8, rounds=1, eos=(), temperature=1.0, seed=[0, 1, 2])
+    assert [t for r in texts[2:4] for t in r.tokens] == [t for r in plain for t in r] == [t for r in texts[4:] for t in r.tokens]  # in batches too
     assert texts[0].tokens == texts[1].tokens == generate(shared.model, PROMPTS[:1], max_new_tokens=8, eos=(), temperature=1.0, seed=7).tokens != plain[0]
 
 

@@ -405,7 +405,9 @@ def test_pooled_and_mean_tokens_per_step():
         (dict(temperature=1.0, seed=[1, 2]), "a list of 4"),
         (dict(temperature=1.0, seed=-1), "seed is -1"),
         (dict(temperature=1.0, seed=1.5), "seed is 1.5"),
-        (dict(temperature=1.0, seed=[1, 2, 3, 2**63]), "below 2.63"),
+        (dict(temperature=1.0, seed=True), "seed is True"),
+        (dict(temperature=1.0, seed=2**63), "from 0 to 2.63 - 1"),
+        (dict(temperature=1.0, seed=[1, 2, 3, 2**63]), "2.63 - 1, a list of 4"),
         (dict(temperature=1.0, seed="abcd"), "seed is 'abcd'"),
     ],
 )
