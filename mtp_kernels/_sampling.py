@@ -46,7 +46,7 @@ def least_kept(logits: Tensor, sampling: Sampling) -> Tensor | None:
     size, top_k, top_p = int(logits.shape[-1]), sampling.top_k, sampling.top_p
     if (top_k is None or top_k >= size) and top_p in (None, 1):
         return None
-    top = logits.topk(min(top_k or size, size)).values
+    top = logits.topk(top_k).values if top_k is not None and top_k < size else logits.sort(-1, descending=True).values
     if top_p in (None, 1):
         return top[..., -1:]
     weight = (((top - top[..., :1]).double() / sampling.temperature).exp() * WHOLE).to(torch.int64)
