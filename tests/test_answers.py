@@ -152,7 +152,15 @@ def test_command_line(tmp_path, monkeypatch, capsys, flags, mode, k):
     assert [(o["mode"], o["k"], o["max_new_tokens"]) for o in asked] == [(mode, k, 3)] * 2
     assert [(len(r["prompt_ids"]), len(r["response_ids"])) for r in written(out)] == [(2, 3), (1, 3)]
     assert "2 answers in" in capsys.readouterr().out
-    assert __main__.main([*arguments, "--out", str(tmp_path / "drawn"), "--device", "cpu", "--temperature", "0.5", "--top-k", "7", "--seed", "9"]) == 0
-    assert [(o["temperature"], o["top_k"], o["top_p"], o["seed"]) for o in asked[2:]] == [(0.5, 7, None, 9), (0.5, 7, None, 10)]
-    assert __main__.main([*arguments, "--out", str(tmp_path / "none"), "--device", "cpu", "--top-k", "7"]) == 2
-    assert "top_k is 7 and temperature 0" in capsys.readouterr().err
+
+
+def test_command_line_draws(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(answers, "generate", lambda model, prompts, **options: asked.append(options) or generate(model, prompts, **options))
+    (tmp_path / "p.jsonl").write_text('{"prompt_ids": [5, 6]}\n{"prompt_ids": [7]}\n')
+    arguments = ["answers", "--data", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "drawn"), "--batch", "1", "--max-new-tokens", "3", "--device", "cpu"]
+    assert __main__.main([*arguments, "--temperature", "0.5", "--top-k", "7", "--seed", "9"]) == 0
+    assert [(o["temperature"], o["top_k"], o["top_p"], o["seed"]) for o in asked] == [(0.5, 7, None, 9), (0.5, 7, None, 10)]
+    for flag, word in ((("--top-k", "7"), "top_k is 7 and temperature 0"), (("--seed", "3"), "seed is 3 and temperature 0")):
+        assert __main__.main([*arguments, "--out", str(tmp_path / "none"), *flag]) == 2
+        assert word in capsys.readouterr().err

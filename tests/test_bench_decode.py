@@ -44,18 +44,29 @@ def test_json_names_settings_versions_and_commit(result):
 def test_drawn_text(tmp_path, capsys):
     """Ours is one text in every way, to its full length; transformers draws another, which is not compared."""
     arguments = ["--num-prompts", "2", "--new-tokens", "12", "--repeats", "1", "--k", "3", "--device", "cpu", "--out", str(tmp_path)]
-    assert decode.main([*arguments, "--temperature", "0.9", "--top-k", "40"]) == 0
+    assert decode.main([*arguments, "--temperature", "0.9", "--top-k", "40", "--modes", "quadratic"]) == 0
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
-    assert [(r["identical"], r["compared"]) for r in rows] == [(2, 2)] * 3 + [(0, 0)] * 2
+    assert [(r["identical"], r["compared"]) for r in rows] == [(2, 2)] * 2 + [(0, 0)] * 2
     assert {r["tokens"] for r in rows} == {24}
     assert "top_k=40" in capsys.readouterr().out
-    assert decode.main([*arguments, "--temperature", "0.9", "--check"]) == 0
-    assert decode.main([*arguments, "--temperature", "0.9", "--ablation"]) == 0
-    greedy = decode.acceptance(decode.load_adapter(ADAPTER).apply(decode.load_model(BASE)), [[1, 2], [3]], 12, "quadratic", 3)
-    drawn = decode.acceptance(decode.load_adapter(ADAPTER).apply(decode.load_model(BASE)), [[1, 2], [3]], 12, "quadratic", 3, drawn=decode.Drawn(3.0))
+    model, prompts = decode.load_adapter(ADAPTER).apply(decode.load_model(BASE)), [[1, 2], [3]]
+    greedy, drawn = (decode.acceptance(model, prompts, 12, "quadratic", 3, drawn=each) for each in (None, decode.Drawn(3.0)))
     assert drawn["pooled"] < greedy["pooled"]
+
+
+def test_flags_of_drawn_text_reach_every_job(tmp_path, monkeypatch):
+    seen, flags = [], ["--num-prompts", "1", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(decode, "check", lambda *arguments: seen.append(arguments[-1]) or ("", True))
+    monkeypatch.setattr(decode, "ablation", lambda *arguments: seen.append(arguments[-1]) or ("", []))
+    for job in ("--check", "--ablation"):
+        assert decode.main([*flags, job, "--temperature", "0.9", "--top-p", "0.5"]) == decode.main([*flags, job]) == 0
+    assert seen == [decode.Drawn(0.9, None, 0.5), None] * 2
+    monkeypatch.undo()
+    model = decode.load_adapter(ADAPTER).apply(decode.load_model(BASE, dtype=torch.float32))
+    text, good = decode.check(model, [[1, 2], [3], [4]], 5, [2], decode.Drawn(1.0))
+    assert good and text.count("3 of 3") == 2 * 4
     with pytest.raises(ValueError, match="top_k is 40 and temperature 0"):
-        decode.main([*arguments, "--top-k", "40"])
+        decode.main([*flags, "--top-k", "40"])
 
 
 def test_sample_brackets_hold_only_drafts():

@@ -192,9 +192,9 @@ def test_ladder_goes_up_the_papers_rungs(toy, tmp_path, monkeypatch):
 
 
 def test_drawn_text(toy, tmp_path, monkeypatch):
-    arguments = [*flags(toy, tmp_path, training=False), "--adapter", toy / "with-lcm", "--temperatures", 0.5, 2]
+    arguments = [*flags(toy, tmp_path, training=False), "--adapter", toy / "with-lcm", "--temperatures", 2]
     values = study("drawn", *arguments)
-    assert [(r["temperature"], r["noise"], r["same"]) for r in values["rows"]] == [(0, False, 3), (0.5, True, 3), (0.5, False, 3), (2, True, 3), (2, False, 3)]
+    assert [(r["temperature"], r["noise"], r["same"]) for r in values["rows"]] == [(0, False, 3), (2, True, 3), (2, False, 3)]
     model = load_adapter(toy / "with-lcm").apply(load_model(toy / "model"))
     for row in values["rows"]:
         options = dict(temperature=row["temperature"], seed=[0, 1, 2], eos=()) if row["temperature"] else {}
