@@ -88,11 +88,11 @@ def test_the_references_tokens(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_are_independent(dtype, device, monkeypatch):
-    hidden, weight = torch.randn(33, 300, device=device).to(dtype), torch.randn(70, 300, device=device).to(dtype)
-    keys = sampling_keys(torch.arange(33, device=device), torch.tensor(2, device=device), 70)
+    hidden, weight = torch.randn(19, 40, device=device).to(dtype), torch.randn(70, 40, device=device).to(dtype)
+    keys = sampling_keys(torch.arange(19, device=device), torch.tensor(2, device=device), 70)
     whole = {sampling: fused(hidden, weight, keys, sampling) for sampling in SAMPLINGS[:2]}
     for sampling, tokens in whole.items():
-        for first, m in ((0, 1), (4, 17)):
+        for first, m in ((2, 1), (4, 9)):
             assert torch.equal(fused(hidden[first : first + m], weight, keys[first : first + m], sampling), tokens[first : first + m])
     monkeypatch.setattr(KERNELS, "ROWS", 16)
     for sampling, tokens in whole.items():
