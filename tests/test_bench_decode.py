@@ -54,6 +54,15 @@ def test_drawn_text(tmp_path, capsys):
     assert drawn["pooled"] < greedy["pooled"]
 
 
+def test_drawn_prompts_have_a_seed_each_and_their_full_length(make_hf_dir, monkeypatch):
+    seen = []
+    monkeypatch.setattr(decode, "measure", lambda row, model, peer, batch, *_, **options: seen.append(options["seed"]) or [[0]] * len(batch))
+    decode.compare([decode.Row("autoregressive")], None, None, [[[1], [2]], [[3]]], 4, 1, decode.Drawn(1.0))
+    assert seen == [[0, 1], [0, 1], [2]]  # the first to warm up
+    peer = decode.Peer(make_hf_dir(seed=3, eos_token_id=[0, 1, 2]), "cpu", torch.float32, decode.Drawn(2.0))
+    assert len(peer.run([[1, 2, 3]], 12, False)[0]) == 12
+
+
 def test_flags_of_drawn_text_reach_every_job(tmp_path, monkeypatch):
     seen, flags = [], ["--num-prompts", "1", "--device", "cpu", "--out", str(tmp_path)]
     monkeypatch.setattr(decode, "check", lambda *arguments: seen.append(arguments[-1]) or ("", True))
