@@ -3,6 +3,7 @@
     python -m bench.decode                 the table, one sample, a JSON file and a plot
     python -m bench.decode --check         every mode, k in 1, 2, 4, 8, batch 1 and 4: outputs against autoregressive's
     python -m bench.decode --ablation      tokens per step: linear, quadratic, with and without sampler, LCM
+    python -m bench.decode --lookup 10     the same with drafts copied from the text itself (--check and --ablation; the table has such rows anyway)
     python -m bench.decode --temperature 1 drawn text (with --check and --ablation too), a seed for each prompt; transformers draws its own
     python -m bench.decode --shape NAME    a shape with random weights: time per step by part, and a prescribed acceptance;
                                            it has settings of its own: --shape NAME --help
@@ -26,11 +27,13 @@ from mtp_model import Decoding, MTPModel, generate, load_adapter, load_model
 from mtp_model.arguments import (
     DTYPES,
     IMPLEMENTATIONS,
+    add_lookup_arguments,
     add_sampling_arguments,
     default_device,
     default_dtype,
     device_name,
     load_tokenizer,
+    lookup_options,
     positive,
     sampling_options,
 )
@@ -40,13 +43,14 @@ from mtp_model.records import read_prompts
 
 AUTOREGRESSIVE = "autoregressive"
 GENERATE, LOOKUP = "transformers generate", "transformers prompt lookup"
+COPIED, COPIED_K = 10, 2  # tokens, as many as transformers' prompt lookup is asked for; masks beside them
 DEFAULT_ROWS = {"linear": (1, 2, 4), "quadratic": (1, 2, 3, 4, 8)}
 ACCEPTANCE = ("tokens per step, pooled", "mean over prompts", "median (quartiles)")
 
 
 @dataclass
 class Row:
-    """One way of decoding and what was measured of it, an entry per prompt (or batch) and repeat."""
+    """One way of decoding and what was measured of it, an entry per prompt (or batch) and repeat. lookup: the options for copied drafts."""
 
     name: str
     k: int = 0
@@ -60,10 +64,19 @@ class Row:
     accepted: list[int] = field(default_factory=list)
     parts: dict = field(default_factory=dict)
     peak_mib: float = 0.0
+    lookup: dict = field(default_factory=dict)
 
     @property
     def label(self) -> str:
-        return f"{self.name}, k = {self.k}" if self.k else self.name
+        copies = f"lookup {self.lookup['lookup']}" if self.lookup.get("lookup") else ""
+        if not self.k:
+            return f"{copies}, no masks" if copies else self.name
+        return f"{self.name}, k = {self.k}" + (f", {copies}" if copies else "")
+
+    @property
+    def options(self) -> dict:
+        """What `Decoding` takes."""
+        return {"mode": self.name, "k": self.k or None, **self.lookup}
 
 
 @dataclass(frozen=True)
@@ -119,7 +132,7 @@ def measure(row: Row, model: MTPModel, peer: Peer | None, prompts: list[list[int
         if row.name in (GENERATE, LOOKUP):
             tokens, stats = peer.run(prompts, new_tokens, row.name == LOOKUP), None
         else:
-            result = generate(model, prompts, mode=row.name, k=row.k or None, max_new_tokens=new_tokens, **options)
+            result = generate(model, prompts, max_new_tokens=new_tokens, **row.options, **options)
             tokens, stats = result.tokens, result.stats
         if model.device.type == "cuda":
             torch.cuda.synchronize()
@@ -141,7 +154,7 @@ def compare(
     """Run every row on every batch, in turn, `repeats` times; outputs are held against the first row's, but for those transformers draws."""
     longest = max(batches, key=lambda batch: max(map(len, batch)))
     for row in rows:  # warm up: first calls allocate and record steps, which serve texts up to the longest, and on a GPU compile
-        measure(Row(row.name, row.k), model, peer, longest, new_tokens, **texts(drawn, 0, longest))
+        measure(Row(row.name, row.k, lookup=row.lookup), model, peer, longest, new_tokens, **texts(drawn, 0, longest))
     bar = tqdm(total=repeats * len(batches) * len(rows), desc="decode", disable=None)
     for repeat in range(repeats):
         for number, batch in enumerate(batches):
@@ -181,7 +194,7 @@ def main_table(rows: list[Row]) -> tuple[str, Row]:
 def sample(model: MTPModel, tokenizer, prompt: list[int], row: Row, new_tokens: int, colour: bool, **options) -> str:
     """One continuation with the accepted drafts made visible: green in a terminal, in brackets elsewhere."""
     out = ["\033[2m" + tokenizer.decode(prompt) + "\033[0m" if colour else tokenizer.decode(prompt)]
-    decoding = Decoding(model, [prompt], mode=row.name, k=row.k or None, max_new_tokens=new_tokens, **options)
+    decoding = Decoding(model, [prompt], max_new_tokens=new_tokens, **row.options, **options)
     for new in decoding:
         drafts, own = tokenizer.decode(new[0][:-1]), tokenizer.decode(new[0][-1:])
         if drafts:
@@ -202,7 +215,7 @@ def plot(rows: list[Row], path: Path, title: str) -> bool:
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     for mode in MODES[1:]:
-        chosen = sorted((r for r in rows if r.name == mode), key=lambda r: r.k)
+        chosen = sorted((r for r in rows if r.name == mode and not r.lookup), key=lambda r: r.k)
         if chosen:
             ks = [r.k for r in chosen]
             axes[0].plot(ks, [r.tokens / r.passes for r in chosen], "o-", label=mode)
@@ -221,7 +234,9 @@ def plot(rows: list[Row], path: Path, title: str) -> bool:
     return True
 
 
-def check(model: MTPModel, prompts: list[list[int]], new_tokens: int, ks: list[int], drawn: Drawn | None = None) -> tuple[str, bool]:
+def check(
+    model: MTPModel, prompts: list[list[int]], new_tokens: int, ks: list[int], drawn: Drawn | None = None, lookup: dict | None = None
+) -> tuple[str, bool]:
     """Every mode and k at batch 1 and 4: how many outputs equal autoregressive decoding's at batch 1."""
     expected = [
         generate(model, [p], mode=AUTOREGRESSIVE, max_new_tokens=new_tokens, **texts(drawn, i, [p])).tokens[0]
@@ -232,7 +247,7 @@ def check(model: MTPModel, prompts: list[list[int]], new_tokens: int, ks: list[i
     for mode, k in tqdm(ways, desc="check", disable=None):
         cells = [mode, str(k) if k else "-"]
         for size in (1, 4):
-            row = Row(mode, k)
+            row = Row(mode, k, lookup=lookup or {})
             batches = [(i, prompts[i : i + size]) for i in range(0, len(prompts), size)]
             tokens = [t for i, batch in batches for t in measure(row, model, None, batch, new_tokens, **texts(drawn, i, batch))]
             same = sum(a == b for a, b in zip(tokens, expected, strict=True))
@@ -243,10 +258,11 @@ def check(model: MTPModel, prompts: list[list[int]], new_tokens: int, ks: list[i
 
 
 def acceptance(
-    model: MTPModel, prompts: list[list[int]], new_tokens: int, mode: str, k: int, use_sampler: bool = True, batch: int = 1, drawn: Drawn | None = None
-) -> dict:
+    model: MTPModel, prompts: list[list[int]], new_tokens: int, mode: str, k: int, use_sampler: bool = True, batch: int = 1, drawn: Drawn | None = None,
+    lookup: dict | None = None,
+) -> dict:  # fmt: skip
     """Tokens per step of one way of decoding: pooled, and over the prompts mean, median and quartiles."""
-    row = Row(mode, k)
+    row = Row(mode, k, lookup=lookup or {})
     for i in tqdm(range(0, len(prompts), batch), desc=f"{mode}, k = {k}", disable=None, leave=False):
         each = prompts[i : i + batch]
         measure(row, model, None, each, new_tokens, use_sampler=use_sampler, **texts(drawn, i, each))
@@ -267,7 +283,7 @@ def acceptance_cells(record: dict) -> list[str]:
 
 
 def ablation(
-    model: MTPModel, prompts: list[list[int]], new_tokens: int, k: int, adapters: list[Path], drawn: Drawn | None = None
+    model: MTPModel, prompts: list[list[int]], new_tokens: int, k: int, adapters: list[Path], drawn: Drawn | None = None, lookup: dict | None = None
 ) -> tuple[str, list[dict]]:
     """Tokens per step of the method's parts, with quartiles over the prompts; leaves the last adapter on the model."""
     lines, records = [], []
@@ -279,7 +295,7 @@ def ablation(
         lcm, steps = training.get("lcm_weight", 1.0) > 0, training.get("steps_done")
         name = ("with LCM" if lcm else "without LCM") + (f", {steps} steps" if steps else "")
         for mode, sampler in (("linear", False), ("linear", True), ("quadratic", False), ("quadratic", True)):
-            record = acceptance(model, prompts, new_tokens, mode, k, sampler, drawn=drawn)
+            record = acceptance(model, prompts, new_tokens, mode, k, sampler, drawn=drawn, lookup=lookup)
             records.append(record | {"lcm": lcm, "steps": steps})
             lines.append([f"{mode}, {'with' if sampler else 'without'} sampler, {name}", *acceptance_cells(record)])
     return table([f"k = {k}", *ACCEPTANCE], lines), records
@@ -301,6 +317,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-prompts", type=positive, help="how many of them (default 16; with --check and --ablation 64)")
     parser.add_argument("--new-tokens", type=positive, default=100)
     parser.add_argument("--repeats", type=positive, default=2)
+    add_lookup_arguments(parser)
     add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="which prompt the sample shows")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers' rows out")
@@ -316,6 +333,7 @@ def main(argv=None) -> int:
         return decode_shape.main(argv)
     args = build_parser().parse_args(argv)
     drawn = Drawn(**sampling_options(args)) if sampling_options(args)["temperature"] else None
+    lookup = lookup_options(args)
     args.out.mkdir(parents=True, exist_ok=True)  # before anything is measured
     dtype_name = args.dtype or default_dtype(args.device)
     device, dtype = torch.device(args.device), DTYPES[dtype_name]
@@ -332,13 +350,13 @@ def main(argv=None) -> int:
           f"{len(prompts)} held-out prompts, up to {args.new_tokens} new tokens each, batch {args.batch}{f', drawn: {drawn}' if drawn else ''}\n")  # fmt: skip
 
     if args.check:
-        text, good = check(model, prompts, args.new_tokens, args.k or [1, 2, 4, 8], drawn)
+        text, good = check(model, prompts, args.new_tokens, args.k or [1, 2, 4, 8], drawn, lookup)
         print(text)
         write_json(args.out / "decode_check.json", {"environment": where, "settings": settings, "identical": good, "table": text.splitlines()})
         return 0 if good or dtype != torch.float32 else 1
     if args.ablation:
         adapters = [args.adapter, *(ABLATION if args.adapter == ADAPTER else ())]
-        text, records = ablation(model, prompts, args.new_tokens, (args.k or [model.mtp.num_masks])[0], adapters, drawn)
+        text, records = ablation(model, prompts, args.new_tokens, (args.k or [model.mtp.num_masks])[0], adapters, drawn, lookup)
         print(text)
         write_json(args.out / "decode_ablation.json", {"environment": where, "settings": settings, "rows": records})
         return 0
@@ -347,6 +365,9 @@ def main(argv=None) -> int:
     for mode in args.modes or DEFAULT_ROWS:
         ks = args.k or [k for k in DEFAULT_ROWS.get(mode, (1, 2, 4, 8)) if k <= model.mtp.num_masks]
         rows += [Row(mode, k) for k in ks]
+    copies = lookup if args.lookup else {"lookup": COPIED}
+    ways = [(mode, k) for mode in args.modes or DEFAULT_ROWS for k in args.k or [min(COPIED_K, model.mtp.num_masks)]]
+    rows += [Row(mode, k, lookup=copies) for mode, k in [(AUTOREGRESSIVE, 0), *ways]]
     peer = None
     if not args.no_transformers:
         peer = Peer(args.model, device, dtype, drawn)

@@ -24,7 +24,7 @@ from mtp_model.config import ModelConfig, MTPConfig
 from mtp_model.demo import BASE
 from mtp_model.layout import Layout, prefill_layout
 from mtp_model.model import MTPModel
-from mtp_model.static import WARM_UPS, StaticStep
+from mtp_model.static import WARM_UPS, StaticStep, StepOptions
 
 AUTOREGRESSIVE = "autoregressive"
 GAIN = 3.0  # over PyTorch's own initial weights, whose text is one token again and again: equal texts would then say little
@@ -69,11 +69,11 @@ class PrescribedStep(StaticStep):
     """A step that drafts, and then offers the recorded text instead of its drafts.
 
     cache: holds `start` tokens of each sequence; steps of other modes may share it, since none writes before that. text: (B, N)
-    recorded tokens, the first of which follows the cache's. Options as in `StaticStep`.
+    recorded tokens, the first of which follows the cache's. Options as in `StepOptions`.
     """
 
     def __init__(self, model: MTPModel, cache: KVCache, mode: str, k: int, text: Tensor, start: int, **options):
-        super().__init__(model, text.shape[0], 1, mode, k, **options)
+        super().__init__(model, text.shape[0], 1, StepOptions(mode, k, **options))
         self.cache = cache
         self.text, self.start = text, start
         self.ahead = torch.arange(1, k + 1, device=text.device)
@@ -89,7 +89,7 @@ class PrescribedStep(StaticStep):
         """To the beginning of the text: its first token is the newest, and there are drafts behind it."""
         batch, length = self.text.shape
         drafts = self.offers[:, 1 : self.k + 1] if self.k else None
-        self.begin([self.start] * batch, self.text[:, 0], drafts, (True,) * batch, [length - 1] * batch, [length == 1] * batch, [0] * batch)
+        self.begin([self.start] * batch, self.text[:, 0], drafts, [self.k] * batch, [length - 1] * batch, [length == 1] * batch, [0] * batch)
 
     def draft(self, layout: Layout, z: Tensor, accepted: Tensor) -> None:
         super().draft(layout, z, accepted)

@@ -86,7 +86,7 @@ def mask_mod(rule: AttentionRule, columns: int):
 
 
 def decoding_rows(mode: str, k: int, context: int, batch: int, device: torch.device) -> Rows:
-    layout = decoding_layout(mode, k, (True,) * batch, str(device))
+    layout = decoding_layout(mode, k, (k,) * batch, str(device))
     return layout.at(torch.zeros(layout.num_ntp, batch, dtype=torch.int64, device=device), [context] * batch)
 
 

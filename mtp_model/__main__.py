@@ -5,7 +5,15 @@ import sys
 from pathlib import Path
 
 from mtp_model import answers, choose, plot
-from mtp_model.arguments import add_model_arguments, add_sampling_arguments, load_asked_model, load_tokenizer, sampling_options
+from mtp_model.arguments import (
+    add_lookup_arguments,
+    add_model_arguments,
+    add_sampling_arguments,
+    load_asked_model,
+    load_tokenizer,
+    lookup_options,
+    sampling_options,
+)
 from mtp_model.checkpoint import Adapter, load_adapter
 from mtp_model.decode import Decoding
 from mtp_model.demo import ADAPTER, BASE
@@ -41,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     speak.add_argument("--k", type=int, help="masks per block (default: the adapter's)")
     speak.add_argument("--max-new-tokens", type=int, default=100)
     speak.add_argument("--draft-candidates", type=int, metavar="C", help="tokens that the sampler chooses from for each mask (default: all)")
+    add_lookup_arguments(speak)
     add_sampling_arguments(speak)
     speak.add_argument("--seed", type=int, help="of what is drawn: the same seed, the same text, in every mode (default: another each time)")
     speak.add_argument("--chat", action="store_true", help="the prompt is a user's message, put through the tokenizer's chat template")
@@ -66,7 +75,7 @@ def run_choose(args) -> int:
 
 
 def run_generate(args) -> int:
-    drawn = sampling_options(args)
+    options = sampling_options(args) | lookup_options(args)
     model = load_asked_model(args)
     if args.mode != "autoregressive":
         asked_adapter(args).apply(model)
@@ -74,7 +83,7 @@ def run_generate(args) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     ids = encode_prompt({"messages": [{"role": "user", "content": prompt}]} if args.chat else {"prompt": prompt}, tokenizer, 0)
     decoding = Decoding(
-        model, [ids], mode=args.mode, k=args.k, max_new_tokens=args.max_new_tokens, draft_candidates=args.draft_candidates, seed=args.seed, **drawn
+        model, [ids], mode=args.mode, k=args.k, max_new_tokens=args.max_new_tokens, draft_candidates=args.draft_candidates, seed=args.seed, **options
     )
     written = text = ""
     for _ in decoding:

@@ -14,16 +14,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mtp_model.arguments import add_sampling_arguments, sampling_options
+from mtp_model.arguments import add_lookup_arguments, add_sampling_arguments, lookup_options, sampling_options
 from mtp_model.decode import SEEDS, generate, sampling_of
 from mtp_model.layout import MODES
+from mtp_model.lookup import lookup_of
 from mtp_model.model import MTPModel
 from mtp_model.records import read_prompts
 
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """batch: prompts decoded side by side. The others: see `mtp_model.Decoding`; the text does not depend on batch, mode and k.
+    """batch: prompts decoded side by side. The others: see `mtp_model.Decoding`; the text does not depend on batch, mode, k and lookup.
     seed: the first prompt's, prompt i has seed + i; default 0."""
 
     batch: int = 16
@@ -34,6 +35,8 @@ class AnswerOptions:
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
+    lookup: int | None = None
+    lookup_match: int | None = None
 
     def __post_init__(self):
         for name in ("batch", "max_new_tokens"):
@@ -41,6 +44,7 @@ class AnswerOptions:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted is 1 or more")
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; accepted are {', '.join(MODES)}")
+        lookup_of(self.lookup, self.lookup_match)
         if sampling_of(self.temperature, self.top_k, self.top_p, self.seed) and self.seed is None:
             object.__setattr__(self, "seed", 0)
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < SEEDS):
@@ -54,7 +58,7 @@ class AnswerOptions:
     def decoding(self, first: int) -> dict:
         """What `Decoding` takes for prompts from number `first` on."""
         drawn = dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=(self.seed + first) % SEEDS) if self.temperature else {}
-        return dict(mode=self.mode, k=self.k, max_new_tokens=self.max_new_tokens) | drawn
+        return dict(mode=self.mode, k=self.k, max_new_tokens=self.max_new_tokens, lookup=self.lookup, lookup_match=self.lookup_match) | drawn
 
 
 def write_answers(model: MTPModel, prompts: list[list[int]], out: str | Path, options: AnswerOptions) -> Iterator[int]:
@@ -114,6 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help='tokens of a {"text"} that are its prompt (default 32)')
     parser.add_argument("--batch", type=int, default=AnswerOptions.batch, help="prompts decoded side by side (default %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=AnswerOptions.max_new_tokens, help="default %(default)s")
+    add_lookup_arguments(parser)
     add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int, help="of what is drawn for the first prompt; prompt i has SEED + i (default 0)")
     parser.add_argument("--mode", choices=MODES, help="default: linear with an adapter, autoregressive without")
@@ -122,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args, model: MTPModel, tokenizer) -> int:
     mode = args.mode or ("linear" if args.adapter else "autoregressive")
-    options = AnswerOptions(args.batch, mode, args.k, args.max_new_tokens, seed=args.seed, **sampling_options(args))
+    options = AnswerOptions(args.batch, mode, args.k, args.max_new_tokens, seed=args.seed, **sampling_options(args), **lookup_options(args))
     prompts = read_prompts(args.data, tokenizer, vocab_size=model.config.vocab_size, text_tokens=args.prompt_tokens, limit=args.limit)
     with tqdm(total=len(prompts), desc="answers", unit="prompt") as bar:
         for count in write_answers(model, prompts, args.out, options):

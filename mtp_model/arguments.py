@@ -8,6 +8,7 @@ import torch
 from mtp_model.checkpoint import load_model
 from mtp_model.decode import sampling_of
 from mtp_model.demo import BASE
+from mtp_model.lookup import lookup_of
 from mtp_model.model import MTPModel
 
 IMPLEMENTATIONS = ("triton", "reference")
@@ -66,6 +67,17 @@ def sampling_options(args: argparse.Namespace) -> dict:
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     sampling_of(**options)
     return options
+
+
+def add_lookup_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lookup", type=int, metavar="N", help="copy N tokens as drafts from where the text's newest tokens stood before (default: none)")
+    parser.add_argument("--lookup-match", type=int, metavar="N", help="how many of the newest tokens, with --lookup (default 2)")
+
+
+def lookup_options(args: argparse.Namespace) -> dict:
+    """What `Decoding` takes, of `add_lookup_arguments`' arguments; refused as it would."""
+    lookup_of(args.lookup, args.lookup_match)
+    return {"lookup": args.lookup, "lookup_match": args.lookup_match}
 
 
 def load_asked_model(args: argparse.Namespace, device: str | None = None) -> MTPModel:

@@ -1,4 +1,4 @@
-"""Which way of decoding is fastest: mode and k by measured time, on prompts like those that are to be decoded.
+"""Which way of decoding is fastest: mode, k and lookup by measured time, on prompts like those that are to be decoded.
 
 More masks, and a block of them after every row, have more tokens accepted per step and make the step longer: hardly on a large
 GPU with one text, much on a CPU or with many texts side by side. Neither can be told from the model alone, so both are measured.
@@ -14,15 +14,16 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 from tqdm import tqdm
 
-from mtp_model.arguments import add_sampling_arguments, sampling_options
+from mtp_model.arguments import add_lookup_arguments, add_sampling_arguments, lookup_options, sampling_options
 from mtp_model.decode import Decoding, generate, seeds_of
 from mtp_model.demo import HELD_OUT
 from mtp_model.layout import MODES
+from mtp_model.lookup import lookup_of
 from mtp_model.model import MTPModel
 from mtp_model.records import read_prompts
 
@@ -34,18 +35,26 @@ UNMEASURED = 4  # steps before a turn, but the first, which a whole text precede
 
 @dataclass
 class Measured:
-    """A way of decoding. seconds: of each round, for all prompts. tokens, passes: of one round, as in `DecodeStats`, summed."""
+    """A way of decoding. seconds: of each round, for all prompts. tokens, passes: of one round, as in `DecodeStats`, summed. lookup: the
+    options `lookup` and `lookup_match`, where it has them."""
 
     mode: str
     k: int | None = None
     seconds: list[float] = field(default_factory=list)
     tokens: int = 0
     passes: int = 0
+    lookup: dict = field(default_factory=dict)
 
     @property
     def options(self) -> dict:
         """What `generate` takes."""
-        return {"mode": self.mode, "k": self.k}
+        return {"mode": self.mode, "k": self.k, **self.lookup}
+
+    @property
+    def flags(self) -> str:
+        """The same for `python -m mtp_model generate`."""
+        given = {name.replace("_", "-"): value for name, value in self.options.items() if value is not None}
+        return " ".join(f"--{name} {value}" for name, value in given.items())
 
     @property
     def tokens_per_second(self) -> float:
@@ -65,6 +74,8 @@ def measure(
     batch: int = 1,
     max_new_tokens: int = 64,
     rounds: int = 3,
+    lookup: int | None = None,
+    lookup_match: int | None = None,
     progress: bool = False,
     **options,
 ) -> list[Measured]:
@@ -72,8 +83,9 @@ def measure(
 
     The ways take turns, `rounds` times, so that a machine whose speed changes changes it for all. Not measured are a text before
     each way's first turn and a few steps before the others, for what has to be recorded or compiled. ks: default those of 1, 2, 3,
-    4, 6, 8, 12, 16 that the adapter has. options: of `Decoding`, the same for all; of drawn text the seed is by default 0, the first
-    prompt's, so that all draw one text. Raises ValueError for a model without an adapter and for arguments that `Decoding` refuses, before any work.
+    4, 6, 8, 12, 16 that the adapter has. lookup, lookup_match: measure every way with these too, and without. options: of `Decoding`,
+    the same for all; of drawn text the seed is by default 0, the first prompt's, so that all draw one text. Raises ValueError for a
+    model without an adapter and for arguments that `Decoding` refuses, before any work.
     """
     if model.mtp is None:
         raise ValueError("the model has no adapter, so there is nothing to choose from; load_adapter() gives it one")
@@ -84,7 +96,8 @@ def measure(
     wrong = [k for k in ks if type(k) is not int or not 1 <= k <= masks], [mode for mode in modes if mode not in MODES[1:]]
     if any(wrong) or not ks or not modes:
         raise ValueError(f"ks are {ks} and modes {list(modes)}; accepted are 1 to the adapter's {masks}, and {', '.join(MODES[1:])}")
-    ways = [Measured(AUTOREGRESSIVE), *(Measured(mode, k) for mode in modes for k in ks)]
+    copies = {"lookup": lookup, "lookup_match": lookup_match} if lookup_of(lookup, lookup_match) else {}
+    ways = [Measured(mode, k, lookup=each) for each in ([{}, copies] if copies else [{}]) for mode, k in ((AUTOREGRESSIVE, None), *product(modes, ks))]
     seeds = seeds_of(options.pop("seed", 0), len(prompts)) if options.get("temperature") else None
     batches = [(prompts[i : i + batch], {"seed": seeds[i : i + batch]} if seeds else {}) for i in range(0, len(prompts), batch)]
     bar = tqdm(desc="choose", total=len(ways) * rounds, disable=None if progress else True)
@@ -112,6 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="prompts decoded side by side (default %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="default %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
+    add_lookup_arguments(parser)
     add_sampling_arguments(parser)
     parser.add_argument("--modes", nargs="+", choices=MODES[1:], default=list(CANDIDATES), help="default: linear quadratic")
     parser.add_argument("--k", type=int, nargs="+", help="masks per block (default: 1, 2, 3, 4, 6, 8, 12, 16, up to the adapter's)")
@@ -121,14 +135,12 @@ def run(args, model: MTPModel, tokenizer) -> int:
     prompts = read_prompts(args.prompts, tokenizer, vocab_size=model.config.vocab_size, limit=args.limit)
     ranking = measure(
         model, prompts, modes=args.modes, ks=args.k, batch=args.batch, max_new_tokens=args.max_new_tokens, rounds=args.rounds, progress=True,
-        **sampling_options(args),
+        **sampling_options(args), **lookup_options(args),
     )  # fmt: skip
-    plain = next(way for way in ranking if way.mode == AUTOREGRESSIVE)
-    print(f"{'':<18}{'tokens/s':>10}{'speedup':>9}{'tokens per step':>17}")
+    plain = next(way for way in ranking if way.mode == AUTOREGRESSIVE and not way.lookup)
+    print(f"{'':<30}{'tokens/s':>10}{'speedup':>9}{'tokens per step':>17}")
     for way in ranking:
-        name = f"{way.mode}, k = {way.k}" if way.k else way.mode
-        print(f"{name:<18}{way.tokens_per_second:>10.0f}{way.tokens_per_second / plain.tokens_per_second:>8.2f}x{way.tokens_per_step:>17.2f}")
-    best = ranking[0]
-    flags = f"--mode {best.mode}" + (f" --k {best.k}" if best.k else "")
-    print(f"fastest here, with {args.batch} side by side: {flags}")
+        name = way.mode + (f", k = {way.k}" if way.k else "") + (f", lookup {args.lookup}" if way.lookup else "")
+        print(f"{name:<30}{way.tokens_per_second:>10.0f}{way.tokens_per_second / plain.tokens_per_second:>8.2f}x{way.tokens_per_step:>17.2f}")
+    print(f"fastest here, with {args.batch} side by side: {ranking[0].flags}")
     return 0

@@ -18,15 +18,16 @@ from torch import Tensor
 from mtp_kernels import Sampling, accept
 from mtp_model.cache import KVCache
 from mtp_model.layout import MODES, Layout, decoding_layout, prefill_layout
+from mtp_model.lookup import lookup_of
 from mtp_model.model import MTPModel
-from mtp_model.static import StaticStep, blocks_behind, drafting_states, keep_step, recordable, take_step
+from mtp_model.static import StaticStep, StepOptions, blocks_behind, drafting_states, keep_step, recordable, take_step
 
 SEEDS = 2**63
 
 
 @dataclass
 class DecodeStats:
-    """What a decoding did. Lists have one entry per sequence, except the two by draft position (k entries).
+    """What a decoding did. Lists have one entry per sequence, except the two by draft position (as many as a step can have drafts).
 
     passes: passes of the model that emitted tokens for the sequence, prefill included. tokens: tokens emitted, those after
     end-of-text or the maximum not counted. offered[i], accepted[i]: steps in which draft i + 1 was put up for verification,
@@ -116,6 +117,10 @@ class Decoding:
     from for each mask, which spares it most of its reading of lm_head; default all of them. It changes which drafts are offered,
     never the text, and does nothing without a sampler.
 
+    lookup: how many tokens, 1 to 16, to copy as drafts from the text itself, prompt included, where its newest lookup_match tokens (default
+    2) stood before: those that followed the last such place (prompt lookup, Saxena 2023). Where they did not, the drafts are the masks'. In
+    autoregressive mode, without masks and without an adapter, these are the only drafts. The text is the same.
+
     temperature: 0 for greedy text; above, tokens are drawn, as top_k and top_p say (see `mtp_kernels.Sampling`). seed: of the noise that
     draws them, one integer for each sequence, or of the first, the next ones' being seed + 1, seed + 2, ...; default one from torch's own
     generator. A token's noise follows from its seed and its position, so a prompt and its seed give one text in every mode, with any k, in any
@@ -137,6 +142,8 @@ class Decoding:
         eos: Sequence[int] | None = None,
         use_sampler: bool = True,
         draft_candidates: int | None = None,
+        lookup: int | None = None,
+        lookup_match: int | None = None,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -167,21 +174,21 @@ class Decoding:
             warnings.warn(f"texts may become {most} tokens long; the model was made for {model.config.max_position_embeddings}", stacklevel=2)
         if draft_candidates is not None and (type(draft_candidates) is not int or not 1 <= draft_candidates <= vocab):
             raise ValueError(f"draft_candidates is {draft_candidates!r}; accepted are an int from 1 to the vocabulary's {vocab}, or None")
-        self.sampling = sampling_of(temperature, top_k, top_p, seed)
-        self.seeds = seeds_of(seed, len(prompts)) if self.sampling else [0] * len(prompts)
+        sampling = sampling_of(temperature, top_k, top_p, seed)
+        self.seeds = seeds_of(seed, len(prompts)) if sampling else [0] * len(prompts)
         self.model, self.mode, self.k, self.max_new_tokens = model, mode, k, max_new_tokens
-        self.prompts, self.use_sampler = prompts, use_sampler
-        self.draft_candidates = draft_candidates
+        self.prompts = prompts
         if static and model.device.type == "cuda" and not recordable(model):
             raise ValueError("static steps on a GPU are of the Triton kernels, for the reference waits for the device; accepted is False, or None")
         self.static = recordable(model) if static is None else static
         if eos is not None and isinstance(eos, int):
             raise ValueError(f"eos is {eos}; accepted are several token ids, as in [{eos}], or () for none")
         self.eos = frozenset(model.config.eos_token_ids if eos is None else token_lists([eos], "eos")[0])
-        batch = len(prompts)
+        self.options = StepOptions(mode, k, use_sampler, draft_candidates, self.eos, sampling, lookup_of(lookup, lookup_match))
+        batch, most = len(prompts), self.options.num_drafts
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.finished = [False] * batch
-        self.stats = DecodeStats([0] * batch, [0] * batch, [0] * k, [0] * k)
+        self.stats = DecodeStats([0] * batch, [0] * batch, [0] * most, [0] * most)
         self._iterator = self._run()
 
     def __iter__(self) -> Iterator[list[list[int]]]:
@@ -208,10 +215,8 @@ class Decoding:
     def _steps(self) -> Iterator[list[list[int]]]:
         model, k = self.model, self.k
         lengths = [len(p) for p in self.prompts]
-        rows = (k + 1) ** 2 if self.mode.startswith("quadratic") else 1 + 2 * k
-        capacity, step = max(lengths) + self.max_new_tokens + rows, None
-        if self.static:
-            step = take_step(model, len(lengths), capacity, self.mode, k, self.use_sampler, self.draft_candidates, self.eos, self.sampling)
+        capacity = max(lengths) + self.max_new_tokens + self.options.num_rows
+        step = take_step(model, len(lengths), capacity, self.options) if self.static else None
         cache = step.cache if step else KVCache(model.config, len(lengths), capacity, model.device, model.dtype)
 
         # Prefill: the prompts and a block after each, so that the first step already has drafts.
@@ -223,40 +228,37 @@ class Decoding:
         newest = self._next_tokens(z[last, torch.arange(len(lengths), device=model.device)].unsqueeze(0), lengths)[0]  # (B,)
         cache.commit(lengths)
         new = self._emit([[token] for token in newest.tolist()])
-        drafts, drafted = self._draft(layout, z, last, newest, cache.lengths)
+        drafts, counts = self._draft(layout, z, last, newest, cache.lengths)
         yield new
         if step:
-            yield from self._static_steps(step, newest, drafts, drafted)
+            yield from self._static_steps(step, newest, drafts, counts)
             return
 
         while not all(self.finished):
             # Verify: the newest token and its drafts, with masks behind them.
-            layout = decoding_layout(self.mode, k, drafted, str(model.device))
-            ids = newest.unsqueeze(0)
-            if layout.num_ntp > 1:
-                ids = torch.cat([ids, drafts.t()])
+            layout = decoding_layout(self.mode, k, tuple(counts), str(model.device))
+            ids = torch.cat([newest.unsqueeze(0), drafts[:, : max(counts)].t()])
             z = self._forward(layout, ids, cache)
             predictions = self._next_tokens(z[: layout.num_ntp], [n + 1 for n in cache.lengths]).t()  # (B, drafts + 1)
 
             # Accept: the longest prefix that the model would have written itself.
-            counts = None if all(drafted) else torch.tensor([k * d for d in drafted], device=model.device)
-            accepted, newest = accept(ids[1:].t(), predictions, None if layout.num_ntp == 1 else counts)
+            accepted, newest = accept(ids[1:].t(), predictions, torch.tensor(counts, device=model.device))
             lengths = accepted.tolist()
 
             # Commit: the accepted tokens' K/V already stand in the cache.
-            new = self._emit([p[: a + 1] for p, a in zip(predictions.tolist(), lengths, strict=True)], lengths, drafted)
+            new = self._emit([p[: a + 1] for p, a in zip(predictions.tolist(), lengths, strict=True)], lengths, counts)
             cache.commit([0 if done else a + 1 for a, done in zip(lengths, self.finished, strict=True)])
 
-            # Draft: from the block behind the last accepted token.
-            drafts, drafted = self._draft(layout, z, accepted, newest, cache.lengths)
+            # Draft: from the text itself, or from the block behind the last accepted token.
+            drafts, counts = self._draft(layout, z, accepted, newest, cache.lengths)
             yield new
 
-    def _static_steps(self, step: StaticStep, newest: Tensor, drafts: Tensor | None, drafted: tuple[bool, ...]) -> Iterator[list[list[int]]]:
+    def _static_steps(self, step: StaticStep, newest: Tensor, drafts: Tensor, counts: list[int]) -> Iterator[list[list[int]]]:
         """The same loop with the four parts in one launch: each step is begun before the one before it is read."""
         if all(self.finished):
             return
         room = [0 if done else self.max_new_tokens - len(tokens) for tokens, done in zip(self.tokens, self.finished, strict=True)]
-        step.begin(step.cache.lengths, newest, drafts, drafted, room, self.finished, self.seeds)
+        step.begin(step.cache.lengths, newest, drafts, counts, room, self.finished, self.seeds, self._texts())
         began, following = time.perf_counter(), None
         try:
             while not all(self.finished):
@@ -265,7 +267,7 @@ class Decoding:
                 outcome = read()
                 now = time.perf_counter()
                 self.stats.seconds["verify"], began = self.stats.seconds["verify"] + now - began, now
-                new = self._emit(outcome.tokens, outcome.accepted, outcome.drafted)
+                new = self._emit(outcome.tokens, outcome.accepted, outcome.offered)
                 paused = time.perf_counter()
                 yield new
                 began += time.perf_counter() - paused
@@ -283,34 +285,48 @@ class Decoding:
 
     def _keys(self, first: list[int], count: int) -> Tensor | None:
         """(count, B) keys of what is drawn at the positions from `first` of each sequence; None for greedy text."""
-        if self.sampling is None:
+        if self.options.sampling is None:
             return None
         return self.model.keys(*(torch.tensor(numbers, device=self.model.device) for numbers in (self.seeds, first)), count)
 
     def _next_tokens(self, z: Tensor, first: list[int]) -> Tensor:
         """(T, B) tokens that the model writes at positions first, first + 1, ... of each sequence, from states z (T, B, d)."""
-        return self.model.next_tokens(z, self.sampling, self._keys(first, z.shape[0]))
+        return self.model.next_tokens(z, self.options.sampling, self._keys(first, z.shape[0]))
 
-    def _draft(
-        self, layout: Layout, z: Tensor, accepted: Tensor, newest: Tensor, position: list[int]
-    ) -> tuple[Tensor | None, tuple[bool, ...]]:
-        """The next drafts (B, k), and which sequences have any: those with a block behind row `accepted`. position: of newest (B,)."""
-        nothing = (False,) * len(self.finished)
-        if not self.k or all(self.finished):
-            return None, nothing
+    def _texts(self) -> list[list[int]]:
+        return [prompt + tokens for prompt, tokens in zip(self.prompts, self.tokens, strict=True)]
+
+    def _draft(self, layout: Layout, z: Tensor, accepted: Tensor, newest: Tensor, position: list[int]) -> tuple[Tensor, list[int]]:
+        """The next drafts (B, D), and how many each sequence has: copied ones where there are any, else k with a block behind row `accepted`.
+
+        position: of newest (B,)."""
+        options, batch = self.options, len(self.finished)
+        drafts, counts = torch.zeros(batch, options.num_drafts, dtype=torch.int64, device=self.model.device), [0] * batch
+        if all(self.finished):
+            return drafts, counts
         began = time.perf_counter()
-        behind = blocks_behind(layout, accepted)
-        drafted = tuple(behind.any(0).tolist()) if layout.num_blocks <= self.k else (True,) * len(self.finished)
-        if not any(drafted):
-            return None, nothing
-        keys = self._keys([p + 1 for p in position], self.k)
-        drafts = self.model.draft(
-            drafting_states(layout, z, behind), newest, self.use_sampler, self.draft_candidates, self.sampling, None if keys is None else keys.t()
-        )
-        self._book("draft", began)
-        return drafts, drafted
+        if self.k:
+            behind = blocks_behind(layout, accepted)
+            counts = [self.k * has for has in behind.any(0).tolist()]
+        if any(counts):
+            keys = self._keys([p + 1 for p in position], self.k)
+            drafts[:, : self.k] = self.model.draft(
+                drafting_states(layout, z, behind), newest, options.use_sampler, options.draft_candidates, options.sampling,
+                None if keys is None else keys.t(),
+            )  # fmt: skip
+        if options.lookup:
+            texts = self._texts()
+            ends = torch.tensor([len(text) - 1 for text in texts], device=self.model.device)
+            padded = torch.tensor([text + [0] * (int(ends.max()) + 1 - len(text)) for text in texts], device=self.model.device)
+            copied, found = options.lookup.drafts(padded, ends)
+            for b in found.nonzero().flatten().tolist():
+                counts[b] = options.lookup.tokens
+                drafts[b, : counts[b]] = copied[b]
+        if any(counts):
+            self._book("draft", began)
+        return drafts, counts
 
-    def _emit(self, new: list[list[int]], accepted: list[int] | None = None, drafted: tuple[bool, ...] = ()):
+    def _emit(self, new: list[list[int]], accepted: list[int] | None = None, counts: list[int] = ()):
         """Append what a pass wrote, cut at end-of-text and at the maximum; returns what was appended."""
         out = []
         for b, tokens in enumerate(new):
@@ -322,8 +338,8 @@ class Decoding:
             self.tokens[b] += tokens
             self.stats.passes[b] += 1
             self.stats.tokens[b] += len(tokens)
-            if accepted is not None and drafted[b]:
-                for i in range(self.k):
+            if accepted is not None:
+                for i in range(counts[b]):
                     self.stats.offered[i] += 1
                     self.stats.accepted[i] += i < min(accepted[b], len(tokens))
             self.finished[b] = tokens[-1] in self.eos or len(self.tokens[b]) >= self.max_new_tokens

@@ -37,8 +37,9 @@ quadratic, and training with three anchors (x0 x1 x2 for t d1 d2)
 
 quadratic-printed: the same without the rows and columns of t's block.
 
-A step without drafts (`drafted` false) has the NTP row t and one block after it. In a batch where only some sequences
-have drafts, the others' NTP rows 1..k are padding that nobody's result depends on, and their blocks stand after t.
+A step without drafts has the NTP row t and one block after it. In a batch where some sequences have fewer drafts than others,
+their last NTP rows are padding that nobody's result depends on, and blocks that would stand after those stand after the last draft,
+or after t where there is none.
 """
 
 from dataclasses import dataclass, replace
@@ -232,19 +233,17 @@ def _check_k(k: int) -> None:
 
 
 @lru_cache(maxsize=256)
-def decoding_layout(mode: str, k: int, drafted: tuple[bool, ...], device: str = "cpu") -> Layout:
-    """The layout of a decoding step. drafted[b]: whether sequence b has k drafts to verify."""
+def decoding_layout(mode: str, k: int, drafts: tuple[int, ...], device: str = "cpu") -> Layout:
+    """The layout of a decoding step. drafts[b]: how many drafts sequence b has to verify, 0 or more; k counts for nothing without masks."""
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; accepted are {', '.join(MODES)}")
-    batch = len(drafted)
+    batch, most = len(drafts), max(drafts)
     if mode == "autoregressive":
-        return Layout(1, 1, torch.zeros(0, batch, dtype=torch.int64, device=device))
+        return Layout(most + 1, 1, torch.zeros(0, batch, dtype=torch.int64, device=device))
     _check_k(k)
-    if not any(drafted):
-        return Layout(1, k, torch.zeros(1, batch, dtype=torch.int64, device=device))
-    anchors = {"linear": [k], "quadratic": range(k + 1), "quadratic-printed": range(1, k + 1)}[mode]
-    table = [[anchor if has else 0 for has in drafted] for anchor in anchors]
-    return Layout(k + 1, k, torch.tensor(table, dtype=torch.int64, device=device))
+    anchors = {"linear": [most], "quadratic": range(most + 1), "quadratic-printed": range(1, most + 1) if most else [0]}[mode]
+    table = [[min(anchor, count) for count in drafts] for anchor in anchors]
+    return Layout(most + 1, k, torch.tensor(table, dtype=torch.int64, device=device))
 
 
 def prefill_layout(lengths: list[int], k: int, device: str | torch.device = "cpu") -> Layout:

@@ -1,11 +1,12 @@
 """A decoding step of fixed shape, whose lengths and drafts are on the device: verify, accept, commit and draft without the host.
 
-What a step of `decode.Decoding` chooses on the host is data here: a sequence without drafts has its masks after the newest
-token, and its other rows are padding (see `layout`), so every step has the rows of a step with drafts. Its operations are recorded
-at its first run and then replayed: on a GPU as a CUDA graph, where the host reads what a step wrote while the next one works; on a
-CPU, for the specification, as a TorchScript trace, which spares a small model most of Python's time. The text is the same.
+What a step of `decode.Decoding` chooses on the host is data here: a sequence with fewer drafts than others has its masks after the last
+of them, and its other rows are padding (see `layout`). Its operations are recorded at its first run and then replayed: on a GPU as a CUDA graph
+with the rows of a step with all drafts, and the host reads what a step wrote while the next one works; on a CPU, for the specification, as a
+TorchScript trace, which spares a small model most of Python's time, and as a second one with more rows for steps with copied drafts, for
+there the host knows whether there are any and rows take time. The text is the same.
 
-    step = take_step(model, batch, columns, mode, k, ...)
+    step = take_step(model, batch, columns, StepOptions(mode, k))
     step.begin(...)                 # the outcome of a prefill into step.cache
     read = step.run()               # returns at once
     outcome = read()                # waits for that run
@@ -24,6 +25,7 @@ from mtp_kernels import Sampling
 from mtp_kernels.nn import GatedLoRALinear, version
 from mtp_model.cache import ALIGNMENT, KVCache
 from mtp_model.layout import Layout, decoding_layout
+from mtp_model.lookup import Lookup
 from mtp_model.model import MTPModel
 
 WARM_UPS = 2  # runs before a capture: kernels are compiled and memory is reserved in them
@@ -39,64 +41,90 @@ def recordable(model: MTPModel) -> bool:
 
 
 @dataclass(frozen=True)
+class StepOptions:
+    """Of `decode.Decoding`, all that decides what a step does. k: masks per block, 0 without; eos: token ids."""
+
+    mode: str
+    k: int
+    use_sampler: bool = True
+    draft_candidates: int | None = None
+    eos: frozenset[int] = frozenset()
+    sampling: Sampling | None = None
+    lookup: Lookup | None = None
+
+    @property
+    def num_drafts(self) -> int:
+        """The most that a step may verify."""
+        return max(self.k, self.lookup.tokens if self.lookup else 0)
+
+    @property
+    def num_rows(self) -> int:
+        """Of a step with all drafts, which has the most."""
+        return decoding_layout(self.mode, self.k, (self.num_drafts,)).num_rows
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """A run's results on the host, one entry per sequence: the tokens that it wrote, how many drafts were accepted, and whether
-    there were any."""
+    """A run's results on the host, one entry per sequence: the tokens that it wrote, how many drafts were accepted, and how many
+    there were."""
 
     tokens: list[list[int]]
     accepted: list[int]
-    drafted: tuple[bool, ...]
+    offered: list[int]
 
 
 class StaticStep:
-    """The step for `batch` sequences with caches of `columns` columns. Options as in `decode.Decoding`.
+    """The step for `batch` sequences with caches of `columns` columns.
 
-    State, tensors of fixed address: lengths (B,), newest (B,), drafts (B, k), drafted (B,), room (B,), finished (B,), seeds (B,).
+    State, tensors of fixed address: lengths (B,), newest (B,), drafts (B, D), counts (B,) of drafts, room (B,), finished (B,), seeds (B,),
+    and for lookups text (B, S), whose newest token stands at `lengths`.
     """
 
-    def __init__(
-        self, model: MTPModel, batch: int, columns: int, mode: str, k: int, *, use_sampler: bool = True, draft_candidates: int | None = None,
-        eos: frozenset[int] = frozenset(), sampling: Sampling | None = None,
-    ):  # fmt: skip
-        self.model, self.mode, self.k, self.sampling = model, mode, k, sampling
-        self.use_sampler, self.draft_candidates = use_sampler, draft_candidates
-        device = model.device
-        self.layout = decoding_layout(mode, k, (True,) * batch, str(device))
+    def __init__(self, model: MTPModel, batch: int, columns: int, options: StepOptions):
+        self.model, self.options, self.k, self.most = model, options, options.k, options.num_drafts
+        device, ids = model.device, torch.int64
         # All columns that are stored anyway, for a longer text that this step may serve next.
         self.cache = KVCache(model.config, batch, -(-columns // ALIGNMENT) * ALIGNMENT, device, model.dtype)
-        self.lengths, self.newest, self.room, self.seeds = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(4))
-        self.drafts = torch.zeros(batch, k, dtype=torch.int64, device=device)
-        self.drafted, self.finished = (torch.zeros(batch, dtype=torch.bool, device=device) for _ in range(2))
-        self.eos = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
-        self.outcome = torch.zeros(batch, k + 4, dtype=torch.int64, device=device)  # predictions | accepted, written, drafted
+        self.lengths, self.newest, self.room, self.seeds, self.counts = (torch.zeros(batch, dtype=ids, device=device) for _ in range(5))
+        self.drafts = torch.zeros(batch, self.most, dtype=ids, device=device)
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.text = torch.zeros(batch, self.cache.columns if options.lookup else 0, dtype=ids, device=device)
+        self.eos = torch.tensor(sorted(options.eos), dtype=ids, device=device)
+        self.outcome = torch.zeros(batch, self.most + 4, dtype=ids, device=device)  # predictions | accepted, written, counts
         self.overlaps = device.type == "cuda"  # whether a run may be begun before the one before it is read
         self.columns: int | None = None  # that a run looks at; None: all of the cache's
+        self.offered = self.most  # drafts that a run has rows for
         self.key: tuple | None = None
-        self._recorded: dict[int | None, Callable[..., object]] = {}  # by columns
+        self._recorded: dict[tuple, Callable[..., object]] = {}  # by columns and offered
+        self._layouts: dict[int, Layout] = {}  # by offered; kept, for a graph knows their addresses
         self._runs, self._copies = 0, []
         if self.overlaps:
             self._copies = [(torch.empty(self.outcome.shape, dtype=torch.int64, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        return self.lengths, self.newest, self.room, self.drafts, self.drafted, self.finished, self.seeds
+        return self.lengths, self.newest, self.room, self.drafts, self.counts, self.finished, self.seeds, self.text
 
     @property
     def _written(self) -> tuple[Tensor, ...]:
         return *self.state, self.outcome, *(x for layer in range(self.model.config.num_hidden_layers) for x in self.cache.storage(layer))
 
     def begin(
-        self, lengths: list[int], newest: Tensor, drafts: Tensor | None, drafted: tuple[bool, ...], room: list[int], finished: list[bool], seeds: list[int]
-    ) -> None:
-        """Take over after a prefill that filled the step's cache."""
+        self, lengths: list[int], newest: Tensor, drafts: Tensor | None, counts: list[int], room: list[int], finished: list[bool], seeds: list[int],
+        texts: list[list[int]] = (),
+    ) -> None:  # fmt: skip
+        """Take over after a prefill that filled the step's cache. drafts: (B, up to D). texts: the tokens so far, newest included; only lookups need them."""
         self.lengths.copy_(torch.tensor(lengths))
         self.newest.copy_(newest)
-        self.drafted.copy_(torch.tensor(drafted))
+        self.counts.copy_(torch.tensor(counts))
         self.room.copy_(torch.tensor(room))
         self.finished.copy_(torch.tensor(finished))
         self.seeds.copy_(torch.tensor(seeds))
         if drafts is not None:
-            self.drafts.copy_(drafts)
+            self.drafts[:, : drafts.shape[1]] = drafts
+        for kept, text in zip(self.text, texts if self.options.lookup else (), strict=False):
+            kept[: len(text)] = torch.tensor(text)
+        self.offered = self.most
 
     def run(self) -> Callable[[], Outcome]:
         """One step for every sequence: recorded the first time, then replayed. Returns what waits for its outcome and reads it; on a
@@ -106,9 +134,10 @@ class StaticStep:
             found = self._read(self.outcome)
             return lambda: found
         with torch.cuda.device(self.model.device):  # capture, streams and events are the current device's
-            if self.columns not in self._recorded:
-                self._recorded[self.columns] = self._capture().replay
-            self._recorded[self.columns]()
+            key = self.columns, self.offered
+            if key not in self._recorded:
+                self._recorded[key] = self._capture().replay
+            self._recorded[key]()
             copy, event = self._copies[self._runs % 2]
             self._runs += 1
             copy.copy_(self.outcome, non_blocking=True)
@@ -143,15 +172,17 @@ class StaticStep:
 
     def _run_on_host(self) -> None:
         # The reference looks at all columns that it is given: those in use, rounded up to a power of two of the cache's pieces.
-        pieces = -(-(int(self.lengths.max()) + self.layout.num_rows) // ALIGNMENT)
+        pieces = -(-(int(self.lengths.max()) + self.options.num_rows) // ALIGNMENT)
         self.columns = min(ALIGNMENT << (pieces - 1).bit_length(), self.cache.columns)
+        self.offered = self.most if int(self.counts.max()) > self.k else self.k
+        key = self.columns, self.offered
         if not recordable(self.model):
             self._step()
-        elif self.columns in self._recorded:
+        elif key in self._recorded:
             with torch.jit.optimized_execution(False):  # as recorded: no pass over the graph, which would cost more than it saves
-                self._recorded[self.columns](*self._written)
+                self._recorded[key](*self._written)
         else:
-            self._recorded[self.columns] = self._trace()
+            self._recorded[key] = self._trace()
 
     def _trace(self) -> Callable[..., object]:
         """Run a step, and record it: a function of what the step writes to."""
@@ -180,65 +211,71 @@ class StaticStep:
         return self.outcome
 
     def _layout(self) -> Layout:
-        """The step's layout, with the masks of a sequence without drafts after its newest token."""
-        if not self.k:
-            return self.layout
-        return self.layout.anchored(torch.where(self.drafted, self.layout.anchors, 0))
+        """The layout of a step with rows for `offered` drafts, where no sequence has its masks behind more than its own."""
+        if self.offered not in self._layouts:
+            self._layouts[self.offered] = decoding_layout(self.options.mode, self.k, (self.offered,) * len(self.lengths), str(self.model.device))
+        layout = self._layouts[self.offered]
+        return layout.anchored(torch.minimum(layout.anchors, self.counts)) if layout.num_blocks else layout
 
     def verify(self, layout: Layout) -> Tensor:
         """Hidden states of the newest token, its drafts and the masks behind them."""
-        ids = torch.cat([self.newest.unsqueeze(0), self.drafts.t()])
+        ids = torch.cat([self.newest.unsqueeze(0), self.drafts[:, : self.offered].t()])
         rows = layout.at(ids, self.lengths, self.model.config.vocab_size, num_keys=self.columns or self.cache.columns)
         return self.model(rows, self.cache)
 
     def accept_and_commit(self, z: Tensor) -> Tensor:
         """Accept the longest prefix that the model would have written itself; its K/V already stand in the cache."""
-        z = z[: self.layout.num_ntp]
-        predictions = self.model.next_tokens(z, self.sampling, self._keys(self.k + 1)).t()  # (B, k + 1)
-        self.outcome[:, -1] = self.drafted
+        rows = self.offered + 1
+        predictions = self.model.next_tokens(z[:rows], self.options.sampling, self._keys(rows)).t()  # (B, rows)
+        if self.options.lookup:  # behind the newest token; what is not accepted is overwritten
+            self.text.scatter_(1, self.lengths.unsqueeze(1) + torch.arange(1, rows + 1, device=z.device), predictions)
+        self.outcome[:, -1] = self.counts
         accepted, newest, written = self.model.operations.accept_and_commit(
-            self.drafts, predictions, self.drafted * self.k, self.lengths, self.room, self.finished, self.eos
+            self.drafts[:, : self.offered], predictions, self.counts, self.lengths, self.room, self.finished, self.eos
         )
         self.newest.copy_(newest)
-        self.outcome[:, : self.k + 1] = predictions
-        self.outcome[:, self.k + 1] = accepted
-        self.outcome[:, self.k + 2] = written
+        self.outcome[:, :rows] = predictions
+        self.outcome[:, -3] = accepted
+        self.outcome[:, -2] = written
         return accepted
 
     def _keys(self, count: int) -> Tensor | None:
         """(count, B) keys of what is drawn behind the newest tokens; None for greedy text."""
-        return None if self.sampling is None else self.model.keys(self.seeds, self.lengths + 1, count)
+        return None if self.options.sampling is None else self.model.keys(self.seeds, self.lengths + 1, count)
 
     def draft(self, layout: Layout, z: Tensor, accepted: Tensor) -> None:
-        """New drafts from the block behind the last accepted token, where there is one."""
-        if not self.k:
-            return
-        behind = blocks_behind(layout, accepted)
-        states = drafting_states(layout, z, behind)
-        keys = self._keys(self.k)
-        drafts = self.model.draft(states, self.newest, self.use_sampler, self.draft_candidates, self.sampling, None if keys is None else keys.t())
-        self.drafts.copy_(drafts)
-        self.drafted.copy_(behind.any(0))
+        """New drafts: copied from the text where it can be, else from the block behind the last accepted token, where there is one."""
+        options = self.options
+        if self.k:
+            behind = blocks_behind(layout, accepted)
+            states = drafting_states(layout, z, behind)
+            keys = self._keys(self.k)
+            self.drafts[:, : self.k] = self.model.draft(
+                states, self.newest, options.use_sampler, options.draft_candidates, options.sampling, None if keys is None else keys.t()
+            )
+            self.counts.copy_(behind.any(0) * self.k)
+        if options.lookup:
+            copied, found = options.lookup.drafts(self.text, self.lengths)
+            count = options.lookup.tokens
+            self.drafts[:, :count] = torch.where(found.unsqueeze(1), copied, self.drafts[:, :count])
+            self.counts.copy_(torch.where(found, count, self.counts if self.k else 0))
 
     def _read(self, outcome: Tensor) -> Outcome:
-        k, rows = self.k, outcome.tolist()
-        return Outcome([row[: row[k + 2]] for row in rows], [row[k + 1] for row in rows], tuple(bool(row[k + 3]) for row in rows))
+        rows = outcome.tolist()
+        return Outcome([row[: row[-2]] for row in rows], [row[-3] for row in rows], [row[-1] for row in rows])
 
 
-def _key(model: MTPModel, batch: int, options: tuple) -> tuple:
+def _key(model: MTPModel, batch: int, options: StepOptions) -> tuple:
     """What must be the same for a step to serve again; it holds the parameters that it was recorded with, or what was made of them."""
     return batch, options, version(*model.parameters())
 
 
-def take_step(
-    model: MTPModel, batch: int, columns: int, mode: str, k: int, use_sampler: bool, draft_candidates: int | None, eos: frozenset[int],
-    sampling: Sampling | None = None,
-) -> StaticStep:  # fmt: skip
+def take_step(model: MTPModel, batch: int, columns: int, options: StepOptions) -> StaticStep:
     """A step with a cache of at least `columns` columns: one that was kept, or a new one."""
-    key = _key(model, batch, (mode, k, use_sampler, draft_candidates, eos, sampling))
+    key = _key(model, batch, options)
     step = model.kept_steps.pop(key, None)
     if step is None or step.cache.capacity < columns:
-        step = StaticStep(model, batch, columns, mode, k, use_sampler=use_sampler, draft_candidates=draft_candidates, eos=eos, sampling=sampling)
+        step = StaticStep(model, batch, columns, options)
         step.key = key
     return step
 

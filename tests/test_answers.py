@@ -159,8 +159,10 @@ def test_command_line_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(answers, "generate", lambda model, prompts, **options: asked.append(options) or generate(model, prompts, **options))
     (tmp_path / "p.jsonl").write_text('{"prompt_ids": [5, 6]}\n{"prompt_ids": [7]}\n')
     arguments = ["answers", "--data", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "drawn"), "--batch", "1", "--max-new-tokens", "3", "--device", "cpu"]
-    assert __main__.main([*arguments, "--temperature", "0.5", "--top-k", "7", "--seed", "9"]) == 0
+    assert __main__.main([*arguments, "--temperature", "0.5", "--top-k", "7", "--seed", "9", "--lookup", "4", "--lookup-match", "1"]) == 0
     assert [(o["temperature"], o["top_k"], o["top_p"], o["seed"]) for o in asked] == [(0.5, 7, None, 9), (0.5, 7, None, 10)]
-    for flag, word in ((("--top-k", "7"), "top_k is 7 and temperature 0"), (("--seed", "3"), "seed is 3 and temperature 0")):
+    assert [(o["lookup"], o["lookup_match"]) for o in asked] == [(4, 1)] * 2
+    wrong = (("--top-k", "7"), "top_k is 7 and temperature 0"), (("--seed", "3"), "seed is 3 and temperature 0"), (("--lookup", "0"), "lookup is 0")
+    for flag, word in wrong:
         assert __main__.main([*arguments, "--out", str(tmp_path / "none"), *flag]) == 2
         assert word in capsys.readouterr().err

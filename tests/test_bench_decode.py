@@ -24,10 +24,11 @@ def test_main_job_runs_and_is_exact(result):
     code, values, _ = result
     assert code == 0
     ours = [r for r in values["rows"] if r["passes"]]
-    assert [(r["name"], r["k"]) for r in ours] == [("autoregressive", 0), ("linear", 2), ("linear", 4), ("quadratic", 2), ("quadratic", 4)]
+    ways = [("autoregressive", 0), ("linear", 2), ("linear", 4), ("quadratic", 2), ("quadratic", 4)]
+    assert [(r["name"], r["k"], r["lookup"].get("lookup", 0)) for r in ours] == [(*way, copied) for copied in (0, 10) for way in ways]
     for row in ours:
         assert row["identical"] == row["compared"] == 2
-        assert 1 <= row["tokens_per_step"] <= row["k"] + 1
+        assert 1 <= row["tokens_per_step"] <= max(row["k"], row["lookup"].get("lookup", 0)) + 1
         assert row["tokens_per_step"] == row["tokens"] / row["passes"]
     assert ours[0]["tokens_per_step"] == 1 and ours[0]["speedup"] == [1, 1, 1]
 
@@ -46,7 +47,7 @@ def test_drawn_text(tmp_path, capsys):
     arguments = ["--num-prompts", "2", "--new-tokens", "12", "--repeats", "1", "--k", "3", "--device", "cpu", "--out", str(tmp_path)]
     assert decode.main([*arguments, "--temperature", "0.9", "--top-k", "40", "--modes", "quadratic"]) == 0
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
-    assert [(r["identical"], r["compared"]) for r in rows] == [(2, 2)] * 2 + [(0, 0)] * 2
+    assert [(r["identical"], r["compared"]) for r in rows] == [(2, 2)] * 4 + [(0, 0)] * 2
     assert {r["tokens"] for r in rows} == {24}
     assert "top_k=40" in capsys.readouterr().out
     model, prompts = decode.load_adapter(ADAPTER).apply(decode.load_model(BASE)), [[1, 2], [3]]
@@ -63,17 +64,22 @@ def test_drawn_prompts_have_a_seed_each_and_their_full_length(make_hf_dir, monke
     assert len(peer.run([[1, 2, 3]], 12, False)[0]) == 12
 
 
-def test_flags_of_drawn_text_reach_every_job(tmp_path, monkeypatch):
+def test_flags_of_drawn_and_copied_text_reach_every_job(tmp_path, monkeypatch):
     seen, flags = [], ["--num-prompts", "1", "--device", "cpu", "--out", str(tmp_path)]
-    monkeypatch.setattr(decode, "check", lambda *arguments: seen.append(arguments[-1]) or ("", True))
-    monkeypatch.setattr(decode, "ablation", lambda *arguments: seen.append(arguments[-1]) or ("", []))
+    monkeypatch.setattr(decode, "check", lambda *arguments: seen.append(arguments[-2:]) or ("", True))
+    monkeypatch.setattr(decode, "ablation", lambda *arguments: seen.append(arguments[-2:]) or ("", []))
     for job in ("--check", "--ablation"):
-        assert decode.main([*flags, job, "--temperature", "0.9", "--top-p", "0.5"]) == decode.main([*flags, job]) == 0
-    assert seen == [decode.Drawn(0.9, None, 0.5), None] * 2
+        assert decode.main([*flags, job, "--temperature", "0.9", "--top-p", "0.5"]) == decode.main([*flags, job, "--lookup", "7"]) == 0
+    none, some = ({"lookup": tokens, "lookup_match": None} for tokens in (None, 7))
+    assert seen == [(decode.Drawn(0.9, None, 0.5), none), (None, some)] * 2
     monkeypatch.undo()
     model = decode.load_adapter(ADAPTER).apply(decode.load_model(BASE, dtype=torch.float32))
     text, good = decode.check(model, [[1, 2], [3], [4]], 5, [2], decode.Drawn(1.0))
     assert good and text.count("3 of 3") == 2 * 4
+    lines = [decode.check(model, [[1, 2] * 9], 60, [2], lookup=each)[0].splitlines()[2] for each in (None, some)]
+    assert [line.split("|")[4].strip() == "1.00" for line in lines] == [True, False]  # without masks several tokens per step, too
+    records = [decode.acceptance(model, [[1, 2] * 9], 60, "linear", 1, lookup=each) for each in (None, some)]
+    assert records[0]["pooled"] < records[1]["pooled"]
     with pytest.raises(ValueError, match="top_k is 40 and temperature 0"):
         decode.main([*flags, "--top-k", "40"])
 
@@ -135,6 +141,12 @@ def test_peak_memory_sees_an_allocation():
     with PeakMemory(torch.device("cpu")) as large:
         torch.ones(64 * 2**20 // 4)
     assert large.mib >= small.mib + 50
+
+
+def test_labels():
+    ways = ("autoregressive", 0, {}), ("linear", 2, {}), ("autoregressive", 0, {"lookup": 10}), ("quadratic", 8, {"lookup": 4, "lookup_match": 3})
+    labels = [decode.Row(name, k, lookup=lookup).label for name, k, lookup in ways]
+    assert labels == ["autoregressive", "linear, k = 2", "lookup 10, no masks", "quadratic, k = 8, lookup 4"]
 
 
 def test_speedups_and_rates():

@@ -39,6 +39,21 @@ def test_drawn_text_is_one_text(shared, monkeypatch):
     assert texts[0].tokens == texts[1].tokens == generate(shared.model, PROMPTS[:1], max_new_tokens=8, eos=(), temperature=1.0, seed=7).tokens != plain[0]
 
 
+def test_lookup_doubles_the_ways(shared):
+    ranking = measure(shared.model, PROMPTS, modes=["linear"], ks=[2], batch=3, max_new_tokens=30, rounds=1, eos=(), lookup=5, lookup_match=1)
+    copies = {"lookup": 5, "lookup_match": 1}
+    ways = {(way.mode, bool(way.lookup)): way for way in ranking}
+    assert len(ranking) == len(ways) == 4
+    for (mode, has), way in ways.items():
+        assert way.lookup == (copies if has else {})
+        result = generate(shared.model, PROMPTS, max_new_tokens=30, eos=(), **way.options)
+        assert way.passes == sum(result.stats.passes) and way.options == {"mode": mode, "k": way.k} | way.lookup
+    assert ways["autoregressive", True].tokens_per_step > 1 == ways["autoregressive", False].tokens_per_step
+    assert ways["linear", True].flags == "--mode linear --k 2 --lookup 5 --lookup-match 1" and ways["autoregressive", False].flags == "--mode autoregressive"
+    with pytest.raises(ValueError, match="lookup is 40"):
+        measure(shared.model, PROMPTS, lookup=40)
+
+
 def test_the_slow_way_comes_last(shared, monkeypatch):
     original = choose.generate
 
@@ -93,7 +108,8 @@ def test_command_line(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert {line.split("  ")[0] for line in lines[1:4]} == {"autoregressive", "quadratic, k = 1", "quadratic, k = 2"}
     assert lines[-1].startswith("fastest here, with 1 side by side: --mode ") and "1.00x" in "".join(lines)
-    assert __main__.main([*arguments, "--temperature", "0.8", "--top-p", "0.9"]) == 0
+    assert __main__.main([*arguments, "--temperature", "0.8", "--top-p", "0.9", "--lookup", "3"]) == 0
+    assert {"autoregressive, lookup 3", "quadratic, k = 2, lookup 3"} <= {line.split("  ")[0] for line in capsys.readouterr().out.splitlines()}
     assert __main__.main([*arguments, "--top-p", "0.9"]) == 2
     assert "top_p is 0.9 and temperature 0" in capsys.readouterr().err
     assert __main__.main([*arguments, "--k", "9"]) == 2

@@ -71,14 +71,14 @@ def check_picture(layout, picture, widths):
 @pytest.mark.parametrize("mode", MODES)
 def test_decoding_pictures(mode):
     blocks = {"autoregressive": 0, "linear": 1, "quadratic": 3, "quadratic-printed": 2}[mode]
-    layout = decoding_layout(mode, 2, (True,))
+    layout = decoding_layout(mode, 2, (0,) if mode == "autoregressive" else (2,))
     check_picture(layout, PICTURES[mode], [3 if blocks else 1] + [2] * blocks)
     assert layout.num_rows == {"autoregressive": 1, "linear": 5, "quadratic": 9, "quadratic-printed": 7}[mode]
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_step_without_drafts(mode):
-    check_picture(decoding_layout(mode, 2, (False,)), UNDRAFTED, [1, 2])
+    check_picture(decoding_layout(mode, 2, (0,)), UNDRAFTED, [1, 2])
 
 
 def test_prefill_and_training_pictures():
@@ -90,8 +90,10 @@ def test_prefill_and_training_pictures():
 @pytest.mark.parametrize("k", [1, 2, 5, 8, 16])
 def test_rows_per_step(k):
     """The table of the method: 1, 1 + 2 k, (k + 1)^2 and 1 + k + k^2 rows."""
-    counts = [decoding_layout(mode, k, (True, False)).num_rows for mode in MODES]
+    counts = [decoding_layout(mode, k, (0 if mode == "autoregressive" else k, 0)).num_rows for mode in MODES]
     assert counts == [1, 1 + 2 * k, (k + 1) ** 2, 1 + k + k * k]
+    counts = [decoding_layout(mode, k, (9, 0)).num_rows for mode in MODES]  # copied drafts may be more, or fewer, than the masks
+    assert counts == [10, 10 + k, 10 * (k + 1), 10 + 9 * k]
 
 
 def check_rows(rows, starts, num_ntp, anchors, k, vocab):
@@ -137,17 +139,13 @@ def test_training_layouts(data):
 @given(st.data())
 def test_decoding_layouts(data):
     mode, k = data.draw(st.sampled_from(MODES)), data.draw(st.integers(1, 4))
-    drafted = tuple(data.draw(st.lists(st.booleans(), min_size=1, max_size=4)))
-    starts = [data.draw(st.integers(1, 9)) for _ in drafted]
-    if mode == "autoregressive":
-        num_ntp, anchors = 1, [[] for _ in drafted]
-    elif not any(drafted):
-        num_ntp, anchors = 1, [[0] for _ in drafted]
-    else:
-        num_ntp = k + 1
-        usual = {"linear": [k], "quadratic": list(range(k + 1)), "quadratic-printed": list(range(1, k + 1))}[mode]
-        anchors = [usual if has else [0] * len(usual) for has in drafted]
-    rows = decoding_layout(mode, k, drafted).at(torch.zeros(num_ntp, len(drafted), dtype=torch.int64), starts, 7)
+    drafts = tuple(data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4)))
+    starts = [data.draw(st.integers(1, 9)) for _ in drafts]
+    most = max(drafts)
+    usual = {"autoregressive": [], "linear": [most], "quadratic": list(range(most + 1)), "quadratic-printed": list(range(1, most + 1)) or [0]}[mode]
+    anchors = [[min(row, count) for row in usual] for count in drafts]
+    num_ntp = most + 1
+    rows = decoding_layout(mode, k, drafts).at(torch.zeros(num_ntp, len(drafts), dtype=torch.int64), starts, 7)
     check_rows(rows, starts, num_ntp, anchors, k if mode != "autoregressive" else 1, 7)
 
 
@@ -162,7 +160,7 @@ def test_prefill_layouts(lengths, k):
 
 def test_parts_of_a_pass():
     ids = torch.tensor([[3, 4], [1, 0], [2, 2]])
-    rows = decoding_layout("quadratic", 2, (True, True)).at(ids, [6, 4], 10)
+    rows = decoding_layout("quadratic", 2, (2, 2)).at(ids, [6, 4], 10)
     whole = allowed_keys(rows.rule)
     ntp, masks = rows.ntp_rows(), rows.mask_rows()
     assert ntp.gate is None and ntp.num_masks == 0 and torch.equal(ntp.ids, ids) and ntp.start == (6, 4)
@@ -179,9 +177,9 @@ def test_parts_of_a_pass():
 @pytest.mark.parametrize(
     "build, word",
     [
-        (lambda: decoding_layout("cubic", 2, (True,)), "mode"),
-        (lambda: decoding_layout("linear", 0, (True,)), "k is 0"),
-        (lambda: decoding_layout("linear", 17, (True,)), "k is 17"),
+        (lambda: decoding_layout("cubic", 2, (2,)), "mode"),
+        (lambda: decoding_layout("linear", 0, (2,)), "k is 0"),
+        (lambda: decoding_layout("linear", 17, (2,)), "k is 17"),
         (lambda: prefill_layout([], 2), "prompt lengths"),
         (lambda: prefill_layout([3, 0], 2), "prompt lengths"),
         (lambda: prefill_layout([3], -1), "k is -1"),

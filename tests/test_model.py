@@ -171,7 +171,7 @@ def test_masks_do_not_change_ordinary_rows(toy_adapter_model, mode, k, committed
         ntp_pass(model, ids[:20], [0, 0], cache)
         cache.commit(committed)
         if with_masks:
-            rows = decoding_layout(mode, k, (True, True)).at(ids[20:], cache.lengths, 6)
+            rows = decoding_layout(mode, k, (k, k)).at(ids[20:], cache.lengths, 6)
             logits.append(model.logits(model(rows, cache)[: k + 1]))
         else:
             logits.append(ntp_pass(model, ids[20:], cache.lengths, cache))
@@ -184,7 +184,7 @@ def test_masks_do_not_change_ordinary_rows(toy_adapter_model, mode, k, committed
 def test_masks_see_their_adapter(toy_adapter_model):
     """Mask rows depend on LoRA, on their own embedding, and on nothing that stands in another block."""
     model = toy_adapter_model(k=2)
-    rows = decoding_layout("quadratic", 2, (True,)).at(torch.tensor([[1], [2], [3]]), [0], 6)
+    rows = decoding_layout("quadratic", 2, (2,)).at(torch.tensor([[1], [2], [3]]), [0], 6)
     before = model(rows, KVCache(model.config, 1, 16))
     model.masks[1] += 1.0
     after = model(rows, KVCache(model.config, 1, 16))

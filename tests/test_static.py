@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mtp_kernels import Sampling
 from mtp_model import Decoding, generate, load_adapter, load_model, save_adapter, static
 from mtp_model.layout import MODES
-from mtp_model.static import StaticStep, keep_step, take_step
+from mtp_model.lookup import Lookup
+from mtp_model.static import StaticStep, StepOptions, keep_step, take_step
 
 PROMPTS = [[1, 2, 3, 4, 5], [0], [5, 5, 1], [2, 0, 4, 1, 3, 3, 2, 5, 0]]
 
@@ -137,7 +138,7 @@ def test_steps_are_kept_up_to_a_number_and_a_size(toy_adapter_model, monkeypatch
     def keep(ks):
         for k in ks:
             generate(model, PROMPTS[:1], mode="linear", k=k, max_new_tokens=2, static=True)
-        return [key[1][1] for key in model.kept_steps]
+        return [key[1].k for key in model.kept_steps]
 
     assert keep(range(1, 7)) == [1, 2, 3, 4, 5, 6]
     monkeypatch.setattr(static, "KEPT", 4)
@@ -194,17 +195,17 @@ def test_a_long_context_of_many_lengths(toy_adapter_model):
     fixed, host = both_ways(model, prompts, mode="quadratic", max_new_tokens=12, eos=())
     assert fixed.tokens == host.tokens and fixed.stats.accepted == host.stats.accepted
     (step,) = model.kept_steps.values()
-    assert set(step._recorded) == {step.cache.columns} == {768}  # no more than there are
+    assert set(step._recorded) == {(step.cache.columns, 3)} == {(768, 3)}  # no more than there are
 
 
 def test_a_step_whose_cache_is_too_small_is_not_taken(toy_adapter_model):
     model = toy_adapter_model(k=2)
-    options = "linear", 2, True, None, frozenset()
-    step = take_step(model, 1, 200, *options)
+    options = StepOptions("linear", 2)
+    step = take_step(model, 1, 200, options)
     keep_step(step)
-    assert take_step(model, 1, 256, *options) is step
+    assert take_step(model, 1, 256, options) is step
     keep_step(step)
-    assert take_step(model, 1, 257, *options).cache.capacity == 512
+    assert take_step(model, 1, 257, options).cache.capacity == 512
 
 
 @pytest.mark.parametrize("mode", ["autoregressive", "quadratic"])
@@ -224,12 +225,13 @@ def test_every_row_of_a_step_is_within_its_columns(toy_adapter_model, monkeypatc
 def test_a_step_of_other_options_is_not_taken(toy_adapter_model):
     model = toy_adapter_model(k=3)
     drawn = dict(temperature=1.0, seed=3)
-    for options in ({}, dict(draft_candidates=1), dict(use_sampler=False), dict(eos=[2]), drawn, drawn | dict(top_k=2)):
+    copies = dict(lookup=4), dict(lookup=4, lookup_match=1)
+    for options in ({}, dict(draft_candidates=1), dict(use_sampler=False), dict(eos=[2]), drawn, drawn | dict(top_k=2), *copies):
         fixed, host = both_ways(model, mode="quadratic", **dict(max_new_tokens=20, eos=()) | options)
         assert fixed.tokens == host.tokens and fixed.stats.accepted == host.stats.accepted, options
-    assert len(model.kept_steps) == 6
+    assert len(model.kept_steps) == 8
     fixed, host = both_ways(model, mode="quadratic", max_new_tokens=20, eos=(), temperature=1.0, seed=4)  # of another seed it is taken
-    assert fixed.tokens == host.tokens and len(model.kept_steps) == 6
+    assert fixed.tokens == host.tokens and len(model.kept_steps) == 8
 
 
 def test_without_torchscript(toy_adapter_model, monkeypatch):
@@ -271,7 +273,8 @@ def test_with_the_kernels(toy_adapter_model, make_hf_dir, tmp_path, device, mode
     pytest.importorskip("triton")
     save_adapter(toy_adapter_model(k=2, rank=4, num_hidden_layers=1), tmp_path / "adapter")
     model = load_adapter(tmp_path / "adapter").apply(load_model(tmp_path / "base", device=device, implementation="triton"))
-    fixed, host = both_ways(model, PROMPTS[1:3], mode=mode, max_new_tokens=4, eos=())
+    lookup = 3 if mode in ("autoregressive", "linear") else None
+    fixed, host = both_ways(model, PROMPTS[1:3], mode=mode, max_new_tokens=4, eos=(), lookup=lookup)
     assert fixed.tokens == host.tokens and fixed.stats.passes == host.stats.passes
     plain = load_model(tmp_path / "base", device=device, implementation="reference")
     assert fixed.tokens == generate(plain, PROMPTS[1:3], mode="autoregressive", max_new_tokens=4, eos=()).tokens
@@ -291,9 +294,11 @@ class _NoWaiting(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("candidates, sampling", [(None, None), (3, None), (None, Sampling(0.7)), (3, Sampling(0.7, 5, 0.9))], ids=str)
+@pytest.mark.parametrize(
+    "candidates, sampling, lookup", [(None, None, Lookup(4)), (3, None, None), (None, Sampling(0.7), None), (3, Sampling(0.7, 5, 0.9), Lookup(1, 3))], ids=str
+)
 @pytest.mark.parametrize("mode", MODES)
-def test_nothing_waits_for_the_device(toy_adapter_model, monkeypatch, mode, candidates, sampling):
+def test_nothing_waits_for_the_device(toy_adapter_model, monkeypatch, mode, candidates, sampling, lookup):
     """A step on tensors without values: whatever would read one fails."""
     pytest.importorskip("triton")
     from mtp_kernels.triton import _device
@@ -303,7 +308,8 @@ def test_nothing_waits_for_the_device(toy_adapter_model, monkeypatch, mode, cand
     model.to("meta")
     launches = []  # attention's, which is not called through its operator without gradients
     monkeypatch.setattr(_device, "launch", lambda kernel, grid, *args, **options: launches.append(kernel))
-    step = StaticStep(model, 2, 300, mode, 0 if mode == "autoregressive" else 2, draft_candidates=candidates, eos=frozenset({1}), sampling=sampling)
+    options = StepOptions(mode, 0 if mode == "autoregressive" else 2, True, candidates, frozenset({1}), sampling, lookup)
+    step = StaticStep(model, 2, 300, options)
     with torch.inference_mode(), _NoWaiting() as mode_of_calls:
         step._step()
         step._step()

@@ -528,7 +528,7 @@ def test_killed_ten_times_at_random_moments(model, tmp_path, monkeypatch):
         if killed == 10:
             break
         before, done = done, steps_done(out)
-        longest *= 1.0 if done > before else 1.3  # on a busy machine
+        longest *= 1.3 if done == before else 0.6 if done > before + 10 else 1.0  # a machine may be busy, or be so no longer
     assert killed == 10 and 0 < steps_done(out) < 150
     assert go_on(*again)
     assert same_adapter(out, tmp_path / "whole")
@@ -545,6 +545,10 @@ def test_generate_command(command_line, capsys):
         assert "12 tokens" in captured.err
         texts.append(captured.out)
     assert texts[0] == texts[1] and len(texts[0].split()) == 12
+    assert main(["generate", *options, "--mode", "autoregressive", "--lookup", "4", "--lookup-match", "1", "--max-new-tokens", "12", "a b c"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == texts[0] and not captured.err.startswith("1.00 tokens per step")
+    assert main(["generate", *options, "--lookup-match", "1", "a b c"]) == 2 and "lookup_match is 1 and lookup None" in capsys.readouterr().err
     assert main(["generate", *options, "--chat", "a b c"]) == 2 and "no chat template" in capsys.readouterr().err
 
 

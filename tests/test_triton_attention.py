@@ -59,7 +59,7 @@ def rows_of(kind, k, starts):
         anchors = torch.randint(0, length, (7, batch), generator=generator).sort(0).values
         layout, starts = training_layout(length, anchors, k), [0] * batch
     else:
-        layout = decoding_layout(kind, k, tuple(s % 3 != 1 for s in starts))
+        layout = decoding_layout(kind, k, tuple(k * (s % 3 != 1) for s in starts))
     rows = layout.at(torch.zeros(layout.num_ntp, batch, dtype=torch.int64), starts)
     return rows.mask_rows() if kind == "masks" else rows
 
@@ -155,7 +155,7 @@ def steps(n, k):
 
 
 def rows_of_step(mode, n, k, drafted=True):
-    layout = decoding_layout(mode, k, (drafted,))
+    layout = decoding_layout(mode, k, (k * drafted,))
     return layout.at(torch.zeros(layout.num_ntp, 1, dtype=torch.int64), [n])
 
 
@@ -184,11 +184,11 @@ def to_device(rule):
 @torch.no_grad()
 def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
     starts = [200, 7, 129]
-    layout = decoding_layout("quadratic", 3, (True,) * 3)
+    layout = decoding_layout("quadratic", 3, (3,) * 3)
     q, keys, values = randn(16, 3, 4, 40, seed=1), *(randn(3, 2, 300, 40, seed=s) for s in (2, 3))
     together = fused(q, keys, values, to_device(layout.at(torch.zeros(4, 3, dtype=torch.int64), starts).rule))
     for b, start in enumerate(starts):
-        alone = decoding_layout("quadratic", 3, (True,)).at(torch.zeros(4, 1, dtype=torch.int64), [start])
+        alone = decoding_layout("quadratic", 3, (3,)).at(torch.zeros(4, 1, dtype=torch.int64), [start])
         assert torch.equal(fused(q[:, b : b + 1], keys[b : b + 1], values[b : b + 1], to_device(alone.rule)), together[:, b : b + 1])
 
 

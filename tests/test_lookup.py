@@ -1,0 +1,145 @@
+"""Copied drafts: which tokens are copied, against a loop; what they change, the number of steps, and what not, the text."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mtp_model.decode
+from mtp_model import Decoding, generate
+from mtp_model.layout import MODES
+from mtp_model.lookup import Lookup
+
+PROMPTS = [[1, 2, 3, 4, 5], [0], [5, 5, 1], [2, 0, 4, 1, 3, 3, 2, 5, 0]]
+NEW = 40
+
+
+def copied(text, tokens, match):
+    """What followed the last place before the end where the last `match` tokens stood, begun again where it comes to the end; None without one."""
+    for place in range(len(text) - 2, match - 2, -1):
+        if text[place - match + 1 : place + 1] == text[len(text) - match :]:
+            again = text[place + 1 :]
+            return [again[i % len(again)] for i in range(tokens)]
+    return None
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_against_a_loop(data):
+    lookup = Lookup(data.draw(st.integers(1, 16)), data.draw(st.integers(1, 4)))
+    texts = data.draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=20), min_size=1, max_size=4))
+    width = max(map(len, texts)) + data.draw(st.integers(0, 3))
+    padded = torch.tensor([text + data.draw(st.lists(st.integers(0, 2), min_size=width - len(text), max_size=width - len(text))) for text in texts])
+    drafts, found = lookup.drafts(padded, torch.tensor([len(text) - 1 for text in texts]))
+    assert drafts.shape == (len(texts), lookup.tokens) and drafts.dtype == torch.int64
+    expected = [copied(text, lookup.tokens, lookup.match) for text in texts]
+    assert found.tolist() == [each is not None for each in expected]
+    assert [row for row, has in zip(drafts.tolist(), found, strict=True) if has] == [each for each in expected if each is not None]
+
+
+def steps_of(text, prompt, tokens, match):
+    """Passes and acceptance by position of a decoding without masks, from the text that it is to write."""
+    passes, done, offered, accepted = 1, 1, [0] * tokens, [0] * tokens  # the prefill writes a token
+    while done < len(text):
+        drafts, right = copied(prompt + text[:done], tokens, match) or [], 0
+        while right < len(drafts) and done + right < len(text) and drafts[right] == text[done + right]:
+            right += 1
+        for i in range(len(drafts)):
+            offered[i] += 1
+            accepted[i] += i < right
+        passes, done = passes + 1, min(done + right + 1, len(text))
+    return passes, offered, accepted
+
+
+@pytest.fixture(scope="module")
+def oracle(shared):
+    return generate(shared.model, PROMPTS, mode="autoregressive", max_new_tokens=NEW, eos=(), static=False).tokens
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("tokens, match", [(1, 1), (5, 2), (16, 3)])
+def test_without_masks_steps_follow_from_the_text(shared, oracle, tokens, match, static):
+    options = dict(mode="autoregressive", lookup=tokens, lookup_match=match, max_new_tokens=NEW, eos=(), static=static)
+    result = generate(shared.model, PROMPTS, **options)
+    assert result.tokens == oracle
+    each = [steps_of(text, prompt, tokens, match) for text, prompt in zip(oracle, PROMPTS, strict=True)]
+    assert result.stats.passes == [passes for passes, _, _ in each]
+    assert result.stats.offered == [sum(column) for column in zip(*(offered for _, offered, _ in each), strict=True)]
+    assert result.stats.accepted == [sum(column) for column in zip(*(accepted for _, _, accepted in each), strict=True)]
+    assert 0 < result.stats.accepted[0] < result.stats.offered[0] or match == 3
+    assert [generate(shared.model, [p], **options).stats.passes[0] for p in PROMPTS] == result.stats.passes
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("k, tokens, match", [(1, 4, 2), (3, 2, 1), (2, 9, None), (4, 4, 1)])
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_with_masks_the_text_is_the_same(shared, oracle, mode, k, tokens, match, batch):
+    options = dict(mode=mode, k=k, lookup=tokens, lookup_match=match, max_new_tokens=NEW, eos=())
+    fixed, host = (generate(shared.model, PROMPTS[-batch:], static=static, **options) for static in (True, False))
+    assert fixed.tokens == host.tokens == oracle[-batch:]
+    for name in ("passes", "tokens", "offered", "accepted"):
+        assert getattr(fixed.stats, name) == getattr(host.stats, name), name
+    assert len(host.stats.offered) == max(k, tokens) and host.stats.accepted[0] > 0
+
+
+@pytest.mark.parametrize("mode", ["linear", "quadratic"])
+def test_the_masks_draft_where_nothing_can_be_copied(shared, monkeypatch, mode):
+    seen, drafted = [], []
+    accept, draft = mtp_model.decode.accept, shared.model.draft
+    monkeypatch.setattr(mtp_model.decode, "accept", lambda drafts, *rest: seen.append(drafts[0].tolist()) or accept(drafts, *rest))
+    monkeypatch.setattr(shared.model, "draft", lambda *args: drafted.append(draft(*args)) or drafted[-1])
+    decoding = Decoding(shared.model, PROMPTS[3:], mode=mode, k=2, lookup=5, max_new_tokens=NEW, eos=(), static=False)
+    texts = []
+    for _ in decoding:
+        texts.append(PROMPTS[3] + decoding.tokens[0])
+    drafted = [each[0].tolist() for each in drafted]
+    kinds = set()
+    for text, drafts in zip(texts, seen, strict=False):
+        expected = copied(text, 5, 2)
+        assert drafts == expected if expected else drafts in (drafted if mode == "quadratic" else [*drafted, []])
+        kinds.add("copied" if expected else "masks" if drafts else "none")
+    assert {"copied", "masks"} <= kinds and ("none" in kinds) == (mode == "linear")
+
+
+@pytest.mark.parametrize("mode", ["autoregressive", "quadratic"])
+def test_drawn_text_and_end_of_text(shared, oracle, mode):
+    drawn = dict(temperature=0.5, seed=[7, 1, 0, 3], max_new_tokens=NEW, eos=())
+    expected = generate(shared.model, PROMPTS, mode="autoregressive", **drawn).tokens
+    eos = oracle[0][9]
+    cut = [text[: text.index(eos) + 1] if eos in text else text for text in oracle]
+    for static in (False, True):
+        assert generate(shared.model, PROMPTS, mode=mode, lookup=6, static=static, **drawn).tokens == expected != oracle
+        assert generate(shared.model, PROMPTS, mode=mode, lookup=6, static=static, max_new_tokens=NEW, eos=[eos]).tokens == cut
+
+
+def test_a_kept_step_forgets_the_text_before(toy_model):
+    long, short = [[1, 2, 3, 4, 5, 0] * 9], [[3, 4]]
+    options = dict(lookup=8, lookup_match=2, max_new_tokens=30, eos=())
+    for prompts in (long, short, long):
+        fixed, host = (generate(toy_model, prompts, static=static, **options) for static in (True, False))
+        assert fixed.tokens == host.tokens and fixed.stats.passes == host.stats.passes and fixed.stats.accepted == host.stats.accepted
+    assert len(toy_model.kept_steps) == 1
+
+
+@pytest.mark.parametrize("mode, most", [("autoregressive", 6), ("linear", 6), ("quadratic", 6)])
+def test_a_cpu_has_rows_for_copies_only_where_there_are_some(shared, mode, most):
+    shared.model.kept_steps.clear()
+    generate(shared.model, PROMPTS[3:], mode=mode, k=2, lookup=most, max_new_tokens=NEW, eos=(), static=True)
+    (step,) = shared.model.kept_steps.values()
+    assert set(step._recorded) == {(256, 0 if mode == "autoregressive" else 2), (256, most)}
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (dict(lookup=0), "lookup is 0; accepted are 1 to 16"),
+        (dict(lookup=17), "lookup is 17"),
+        (dict(lookup=True), "lookup is True"),
+        (dict(lookup=4, lookup_match=0), "lookup_match is 0"),
+        (dict(lookup=4, lookup_match=2.0), "lookup_match is 2.0"),
+        (dict(lookup_match=3), "lookup_match is 3 and lookup None"),
+    ],
+)
+def test_errors(shared, options, word):
+    with pytest.raises(ValueError, match=word):
+        Decoding(shared.model, PROMPTS, **options)
