@@ -18,6 +18,7 @@ from bench.studies import common, domains, drawn, gating, options, probe
 from mtp_model import MTPConfig, generate, load_adapter, load_model, save_adapter
 from mtp_model.cache import KVCache
 from mtp_model.demo import BASE
+from mtp_model.demo.answers import held_out_prompts
 from mtp_model.demo.corpus import is_held_out
 from mtp_model.layout import prefill_layout
 from mtp_model.records import read_prompts
@@ -245,6 +246,22 @@ def test_domains_study_says_what_is_missing(toy, tmp_path, monkeypatch):
     assert all(1 <= record["pooled"] <= int(k) + 1 for k, record in row["by_masks"].items())
     assert values["absent"] == ["nothing", "short"] and "nothing, short" in values["notes"][0]
     assert studies.main(["domains", *map(str, arguments), "--k", "3"]) == 2
+
+
+def test_copies_study(toy, tmp_path, monkeypatch):
+    source = "".join(f"value_{i} = call({i}, 'name')\n" for i in range(200))
+    monkeypatch.setattr(domains, "find_domains", lambda: {"code": {"a.py": source}, "nothing": {}})
+    arguments = (*flags(toy, tmp_path, training=False, held_out=False), "--adapter", toy / "with-lcm", "--temperatures", 2)
+    values = study("copies", *arguments)
+    assert [(r["domain"], r["temperature"]) for r in values["rows"]] == [("code", 0), ("code", 2)] and values["absent"] == ["nothing"]
+    model, tokenizer = load_adapter(toy / "with-lcm").apply(load_model(toy / "model")), load_tokenizer(toy / "model")
+    prompts = [tokenizer(record["prompt"])["input_ids"] for record in held_out_prompts(tokenizer, {"a.py": source}, 3, domains.PROMPT_LENGTH, 0)]
+    for row in values["rows"]:
+        seeds = dict(temperature=2.0, seed=[0, 1, 2], eos=()) if row["temperature"] else {}
+        ways = {"masks": dict(mode="quadratic"), "copies": dict(mode="autoregressive", lookup=10), "both": dict(mode="quadratic", lookup=10)}
+        found = {way: generate(model, prompts, max_new_tokens=8, **each, **seeds).stats.tokens_per_step for way, each in ways.items()}
+        assert {way: record["pooled"] for way, record in row["by_way"].items()} == found
+    assert studies.main(["copies", *map(str, arguments), "--lookup", "17"]) == 2
 
 
 def test_options_get_equal_time_and_survive_interruptions(toy, tmp_path, monkeypatch):

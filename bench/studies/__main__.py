@@ -1,4 +1,4 @@
-"""The paper's studies on the demo model, drawn text, and what each option of the training adds at equal training time.
+"""The paper's studies on the demo model, drawn text, copied drafts, and what each option of the training adds at equal training time.
 
     python -m bench.studies probe       rank of the right future token in the masks' logits, before and after training (Fig. 1)
     python -m bench.studies gating      gated against ordinary LoRA while it is trained: quality and tokens per step (Fig. 6)
@@ -6,6 +6,7 @@
     python -m bench.studies rank        LoRA ranks, with and without sampler, and their memory (Fig. 8)
     python -m bench.studies domains     tokens per step by kind of text and number of masks (Table 1)
     python -m bench.studies drawn       tokens per step of drawn text by temperature, drafts with and without noise
+    python -m bench.studies copies      tokens per step by kind of text with copied drafts, greedy and drawn
     python -m bench.studies options     the recipe's options one by one, at equal training time
     python -m bench.studies all         all of them in that order
 
@@ -17,11 +18,11 @@ import argparse
 import sys
 
 from bench.report import environment, shown, write_json
-from bench.studies import domains, drawn, gating, ladder, options, probe, rank
+from bench.studies import copies, domains, drawn, gating, ladder, options, probe, rank
 from bench.studies.common import BUDGET, Result, Study, add_arguments, check, results_directory
 from mtp_model.arguments import default_dtype
 
-STUDIES = {"probe": probe, "gating": gating, "ladder": ladder, "rank": rank, "domains": domains, "drawn": drawn, "options": options}
+STUDIES = {"probe": probe, "gating": gating, "ladder": ladder, "rank": rank, "domains": domains, "drawn": drawn, "copies": copies, "options": options}
 
 
 def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

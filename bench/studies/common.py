@@ -50,7 +50,8 @@ FLAGS = {
     "rounds": dict(type=int, default=5, metavar="N", help="rounds of four steps by which a step's time is told (default %(default)s)"),
     "ranks": dict(type=int, nargs="+", default=[1, 4, 16, 64, 128], metavar="R", help="default: 1 4 16 64 128"),
     "k": dict(type=int, nargs="+", metavar="K", help="masks per block (default: 1 to the adapter's)"),
-    "temperatures": dict(type=float, nargs="+", default=[0.3, 0.5, 0.7, 1.0], metavar="T", help="beside 0, greedy text (default: 0.3 0.5 0.7 1)"),
+    "lookup": dict(type=int, default=10, metavar="N", help="tokens that are copied (default %(default)s)"),
+    "temperatures": dict(type=float, nargs="+", default=[0.3, 0.5, 0.7, 1.0], metavar="T", help="beside 0, greedy text (default: %(default)s)"),
     "variants": dict(nargs="+", metavar="NAME", help="some of the recipes, beside plain (default: all)"),
     "seed": dict(type=int, default=0, help="which prompts are picked, or of the placeholder masks (default %(default)s)"),
 }  # fmt: skip
@@ -192,14 +193,16 @@ class Study:
             return self.args.steps
         return max(1, round(self.args.seconds / self.seconds_per_step({"step": (mtp, config, examples)})["step"]))
 
-    def tokens_per_step(self, adapter: Path, k: int, prompts: list[list[int]] | None = None, mode: str = "quadratic", use_sampler: bool = True) -> dict:
+    def tokens_per_step(
+        self, adapter: Path, k: int, prompts: list[list[int]] | None = None, mode: str = "quadratic", use_sampler: bool = True, **options
+    ) -> dict:
         """`bench.decode.acceptance` of the held-out prompts, or of others, with that adapter."""
         prompts = prompts or self.prompts
         weights = hashlib.sha256((adapter / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
-        identity = [weights, self.model.fingerprint, str(self.model.dtype), prompts, self.args.new_tokens, mode, k, use_sampler]
+        identity = [weights, self.model.fingerprint, str(self.model.dtype), prompts, self.args.new_tokens, mode, k, use_sampler, options]
 
         def decode():
-            return acceptance(self.use(adapter), prompts, self.args.new_tokens, mode, k, use_sampler, DECODE_BATCH)
+            return acceptance(self.use(adapter), prompts, self.args.new_tokens, mode, k, use_sampler, DECODE_BATCH, **options)
 
         return self.once(f"decoding {adapter.name}", identity, decode)
 

@@ -6,6 +6,7 @@ Python, C++ headers, English, HTML and number tables. What an installation lacks
 
 import sysconfig
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -66,6 +67,36 @@ def find_domains(library: Path | None = None, packages: Path | None = None) -> d
     }
 
 
+@dataclass(frozen=True)
+class Domain:
+    """Prompts of a kind of text: their tokens, and where they stand. texts: how many files there are."""
+
+    name: str
+    prompts: list[list[int]]
+    places: list[dict]
+    texts: int
+
+
+def read_domains(study: Study) -> tuple[list[Domain], list[str], list[str]]:
+    """The domains, which of them this installation lacks, and notes on what is less than was asked for."""
+    args, found, absent, notes = study.args, [], [], []
+    for name, texts in find_domains().items():
+        records = held_out_prompts(study.tokenizer, texts, args.prompts, PROMPT_LENGTH, args.seed) if any(len(t) > 2000 for t in texts.values()) else []
+        if not records:
+            absent.append(name)
+            continue
+        prompts = [study.tokenizer(record["prompt"])["input_ids"] for record in records]
+        found.append(Domain(name, prompts, [{"file": record["file"], "line": record["line"]} for record in records], len(texts)))
+        if len(prompts) < args.prompts:
+            notes.append(f"{name}: {len(prompts)} prompts instead of {args.prompts}, of {len(texts)} files.")
+    if not found:
+        raise ValueError(f"no text was found for {', '.join(absent)}; accepted is an installation with at least one of them")
+    if absent:
+        notes.append(f"Left out, for this installation has no text for them: {', '.join(absent)}.")
+    notes.append(f"Tokens per step, pooled over a domain's prompts of {PROMPT_LENGTH} tokens, up to {args.new_tokens} new ones.")
+    return found, absent, notes
+
+
 def run(study: Study) -> Result:
     args = study.args
     most = study.use(args.adapter).mtp.num_masks
@@ -73,26 +104,15 @@ def run(study: Study) -> Result:
     bad = [k for k in ks if not 1 <= k <= most]
     if bad:
         raise ValueError(f"--k has {bad}; accepted are 1 to the adapter's {most}")
-    records, lines, notes, absent = [], [], [], []
-    for domain, texts in tqdm(find_domains().items(), desc="domains", disable=None, leave=False):
-        found = held_out_prompts(study.tokenizer, texts, args.prompts, PROMPT_LENGTH, args.seed) if any(len(t) > 2000 for t in texts.values()) else []
-        if not found:
-            absent.append(domain)
-            continue
-        prompts = [study.tokenizer(record["prompt"])["input_ids"] for record in found]
-        places = [{"file": record["file"], "line": record["line"]} for record in found]
-        values = {k: study.tokens_per_step(args.adapter, k, prompts) for k in ks}
-        records.append({"domain": domain, "prompts": places, "texts": len(texts), "by_masks": {str(k): value for k, value in values.items()}})
-        lines.append([domain, str(len(prompts)), *(f"{values[k]['pooled']:.2f}" for k in ks)])
-        if len(prompts) < args.prompts:
-            notes.append(f"{domain}: {len(prompts)} prompts instead of {args.prompts}, of {len(texts)} files.")
-    if not records:
-        raise ValueError(f"no text was found for {', '.join(absent)}; accepted is an installation with at least one of them")
-    if absent:
-        notes.append(f"Left out, for this installation has no text for them: {', '.join(absent)}.")
+    records, lines = [], []
+    found, absent, notes = read_domains(study)
+    for domain in tqdm(found, desc="domains", disable=None, leave=False):
+        values = {k: study.tokens_per_step(args.adapter, k, domain.prompts) for k in ks}
+        by_masks = {str(k): value for k, value in values.items()}
+        records.append({"domain": domain.name, "prompts": domain.places, "texts": domain.texts, "by_masks": by_masks})
+        lines.append([domain.name, str(len(domain.prompts)), *(f"{values[k]['pooled']:.2f}" for k in ks)])
     shown = {name: values for name, values in PAPER.items() if name in ("GSM8K", "MMLU", "mean of 13 tasks")}
     lines += [[f"(paper, 8 B model: {name})", "-", *(f"{values[k - 1]:.2f}" if k <= 8 else "-" for k in ks)] for name, values in shown.items()]
-    notes.append(f"Tokens per step, pooled over a domain's prompts of {PROMPT_LENGTH} tokens, up to {args.new_tokens} new ones.")
 
     def draw(figure):
         axis = figure.subplots()
