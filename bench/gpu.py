@@ -3,10 +3,10 @@
     python -m bench.gpu [--out DIR] [--minutes 9] [--only NAME ...]
 
 One after the other, each in a process of its own with a time limit: the tests on real kernels (which compile some 1,500, so they are shared
-by as many processes as there are cores), the kernel benchmarks, the demo model's texts compared in bfloat16 and float32, greedy and drawn,
-its decoding timed, decoding steps of Llama shapes with random weights, a short training run, and training steps against the plain way. --only: some of
-the steps, where one call's time is short. `summary.json` has GPU, versions, commit and date, and what became of each step, of earlier
-calls too. The exit status is 1 if a step failed or ran out of time.
+by as many processes as there are cores), the kernel benchmarks, the demo model's texts compared in bfloat16 and float32, greedy, drawn and
+with copied drafts, its decoding timed, decoding steps of Llama shapes with random weights, a short training run, and training steps against
+the plain way. --only: some of the steps, where one call's time is short. `summary.json` has GPU, versions, commit and date, and what became
+of each step, of earlier calls too. The exit status is 1 if a step failed or ran out of time.
 """
 
 import argparse
@@ -66,6 +66,7 @@ def steps(out: Path, texts: Path) -> list[Step]:
         Step("check_bfloat16", (*check, "--num-prompts", "16", "--dtype", "bfloat16", "--out", str(out / "bfloat16")), 0.25),
         Step("check_float32", (*check, "--num-prompts", "16", "--dtype", "float32", "--out", str(out / "float32")), 0.25),
         Step("check_drawn", (*check, "--num-prompts", "8", "--k", "2", "8", "--temperature", "0.8", "--top-p", "0.95", "--out", str(out / "drawn")), 0.15),
+        Step("check_lookup", (*check, "--num-prompts", "8", "--k", "2", "8", "--lookup", "10", "--out", str(out / "lookup")), 0.15),
         Step("decode", (python, "-m", "bench.decode", "--num-prompts", "8", "--out", str(out)), 0.2),
         Step("decode_shapes", (python, "-m", "bench.decode", *shapes), 0.3),
         Step("train", (python, "-m", "mtp_model", "train", *train), 0.15),

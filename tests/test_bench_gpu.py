@@ -32,7 +32,7 @@ def test_every_step_names_a_command_that_exists(tmp_path):
             assert not part.startswith("tests/") or (gpu.ROOT / part).exists(), part
 
 
-@pytest.mark.parametrize("name", ["kernels", "check_bfloat16", "check_drawn", "decode", "decode_shapes", "train"])
+@pytest.mark.parametrize("name", ["kernels", "check_bfloat16", "check_drawn", "check_lookup", "decode", "decode_shapes", "train"])
 def test_the_steps_flags_are_accepted(tmp_path, monkeypatch, capsys, name):
     """Each command with its flags, stopped by a flag that does not exist: the parser must complain of that one only."""
     (step,) = [s for s in gpu.steps(tmp_path, tmp_path / "texts.jsonl") if s.name == name]
