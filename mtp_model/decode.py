@@ -229,11 +229,16 @@ class Decoding:
         cache.commit(lengths)
         new = self._emit([[token] for token in newest.tolist()])
         drafts, counts = self._draft(layout, z, last, newest, cache.lengths)
-        yield new
         if step:
-            yield from self._static_steps(step, newest, drafts, counts)
+            try:
+                yield new
+                yield from self._static_steps(step, newest, drafts, counts)
+            except GeneratorExit:  # close()
+                pass
+            keep_step(step)
             return
 
+        yield new
         while not all(self.finished):
             # Verify: the newest token and its drafts, with masks behind them.
             layout = decoding_layout(self.mode, k, tuple(counts), str(model.device))
@@ -271,11 +276,9 @@ class Decoding:
                 paused = time.perf_counter()
                 yield new
                 began += time.perf_counter() - paused
-        except GeneratorExit:  # close()
-            pass
-        if following:
-            following()
-        keep_step(step)
+        finally:
+            if following:
+                following()
 
     def _forward(self, layout: Layout, ids: Tensor, cache: KVCache) -> Tensor:
         began = time.perf_counter()

@@ -268,6 +268,17 @@ def test_a_text_given_up_leaves_its_step(toy_adapter_model):
     assert fixed.tokens == host.tokens and all(a[: len(b)] == b for a, b in zip(fixed.tokens, decoding.tokens, strict=True))
 
 
+def test_a_text_that_ends_at_its_first_token_leaves_its_step(toy_adapter_model):
+    model = toy_adapter_model(k=2)
+    first = generate(model, PROMPTS, mode="linear", max_new_tokens=20, eos=(), static=True).tokens
+    (step,) = model.kept_steps.values()
+    generate(model, PROMPTS, mode="linear", max_new_tokens=1, eos=(), static=True)
+    decoding = Decoding(model, PROMPTS, mode="linear", max_new_tokens=20, eos=(), static=True)
+    assert next(iter(decoding)) == [text[:1] for text in first]
+    decoding.close()
+    assert list(model.kept_steps.values()) == [step] and step._recorded
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_with_the_kernels(toy_adapter_model, make_hf_dir, tmp_path, device, mode):
     pytest.importorskip("triton")
