@@ -323,8 +323,9 @@ class Decoding:
             padded = torch.tensor([text + [0] * (int(ends.max()) + 1 - len(text)) for text in texts], device=self.model.device)
             copied, found = options.lookup.drafts(padded, ends)
             for b in found.nonzero().flatten().tolist():
-                counts[b] = options.lookup.tokens
-                drafts[b, : counts[b]] = copied[b]
+                if not self.finished[b]:  # rows take time
+                    counts[b] = options.lookup.tokens
+                    drafts[b, : counts[b]] = copied[b]
         if any(counts):
             self._book("draft", began)
         return drafts, counts

@@ -174,7 +174,7 @@ class StaticStep:
         # The reference looks at all columns that it is given: those in use, rounded up to a power of two of the cache's pieces.
         pieces = -(-(int(self.lengths.max()) + self.options.num_rows) // ALIGNMENT)
         self.columns = min(ALIGNMENT << (pieces - 1).bit_length(), self.cache.columns)
-        self.offered = self.most if int(self.counts.max()) > self.k else self.k
+        self.offered = self.most if int(self.counts.masked_fill(self.finished, 0).max()) > self.k else self.k
         key = self.columns, self.offered
         if not recordable(self.model):
             self._step()

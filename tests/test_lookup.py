@@ -129,6 +129,19 @@ def test_a_cpu_has_rows_for_copies_only_where_there_are_some(shared, mode, most)
     assert set(step._recorded) == {(256, 0 if mode == "autoregressive" else 2), (256, most)}
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_finished_text_has_no_rows_for_copies(shared, oracle, monkeypatch, static):
+    """A text that repeats itself ends, and the one beside it, in which no sixteen tokens stood before, goes on."""
+    options = dict(mode="autoregressive", lookup=6, lookup_match=16, eos=(), static=static)
+    monkeypatch.setattr(mtp_model.static, "TRACES", False)
+    rows, forward = [], shared.model.forward
+    monkeypatch.setattr(shared.model, "forward", lambda each, cache: rows.append(each.num_ntp) or forward(each, cache))
+    decoding = Decoding(shared.model, [[5] * 30, PROMPTS[0]], max_new_tokens=9, **options)
+    decoding.finished[0] = True
+    assert len(list(decoding)) == 9 and decoding.tokens == [[], oracle[0][:9]]
+    assert rows[1:] == [1] * 8
+
+
 @pytest.mark.parametrize(
     "options, word",
     [
