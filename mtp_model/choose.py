@@ -30,7 +30,7 @@ from mtp_model.records import read_prompts
 AUTOREGRESSIVE = MODES[0]
 CANDIDATES = ("linear", "quadratic")
 KS = (1, 2, 3, 4, 6, 8, 12, 16)
-UNMEASURED = 4  # steps before a turn, but the first, which a whole text precedes
+UNMEASURED = 4  # steps before a turn, where no whole text precedes it
 
 
 @dataclass
@@ -81,11 +81,11 @@ def measure(
 ) -> list[Measured]:
     """Decode the prompts, `batch` side by side, autoregressively and in each of `modes` with each of `ks`; the fastest first.
 
-    The ways take turns, `rounds` times, so that a machine whose speed changes changes it for all. Not measured are a text before
-    each way's first turn and a few steps before the others, for what has to be recorded or compiled. ks: default those of 1, 2, 3,
-    4, 6, 8, 12, 16 that the adapter has. lookup, lookup_match: measure every way with these too, and without. options: of `Decoding`,
-    the same for all; of drawn text the seed is by default 0, the first prompt's, so that all draw one text. Raises ValueError for a
-    model without an adapter and for arguments that `Decoding` refuses, before any work.
+    The ways take turns, `rounds` times, so that a machine whose speed changes changes it for all. Not measured are a text before each
+    way's first turn, and before every turn of one with copied drafts, and a few steps before the others, for what has to be recorded or
+    compiled. ks: default those of 1, 2, 3, 4, 6, 8, 12, 16 that the adapter has. lookup, lookup_match: measure every way with these too,
+    and without. options: of `Decoding`, the same for all; of drawn text the seed is by default 0, the first prompt's, so that all draw
+    one text. Raises ValueError for a model without an adapter and for arguments that `Decoding` refuses, before any work.
     """
     if model.mtp is None:
         raise ValueError("the model has no adapter, so there is nothing to choose from; load_adapter() gives it one")
@@ -105,7 +105,7 @@ def measure(
         for way in ways:
             asked = {"max_new_tokens": max_new_tokens} | way.options | options
             decoding = Decoding(model, batches[0][0], **asked | batches[0][1])
-            for _ in islice(decoding, UNMEASURED if number else None):
+            for _ in islice(decoding, UNMEASURED if number and not way.lookup else None):
                 pass
             decoding.close()
             began, way.tokens, way.passes = time.perf_counter(), 0, 0

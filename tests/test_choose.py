@@ -84,6 +84,9 @@ def test_a_recording_is_not_measured(toy_adapter_model, monkeypatch):
     model = toy_adapter_model(k=2)
     measure(model, PROMPTS[:1], max_new_tokens=20, rounds=2)
     assert len(recorded) == 2 * 5 and not any(recorded)
+    recorded.clear()
+    measure(model, PROMPTS[:1], modes=["linear"], ks=[2], max_new_tokens=40, rounds=2, lookup=6, lookup_match=4)  # its first copy comes late
+    assert len(recorded) == 2 * (2 + 2 * 2) and not any(recorded)
     monkeypatch.setattr(static, "KEPT", 32)
     recorded.clear()
     measure(model, PROMPTS[:1], modes=["linear"], max_new_tokens=260, rounds=1)  # a text that outgrows its first 256 columns
