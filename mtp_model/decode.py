@@ -42,7 +42,7 @@ class DecodeStats:
 
     @property
     def tokens_per_step(self) -> float:
-        """Pooled over the sequences; exactly 1 for autoregressive decoding. The paper's "speedup", not wall-clock."""
+        """Pooled over the sequences; exactly 1 without drafts. The paper's "speedup", not wall-clock."""
         return sum(self.tokens) / sum(self.passes)
 
     @property
@@ -118,8 +118,8 @@ class Decoding:
     never the text, and does nothing without a sampler.
 
     lookup: how many tokens, 1 to 16, to copy as drafts from the text itself, prompt included, where its newest lookup_match tokens (default
-    2) stood before: those that followed the last such place (prompt lookup, Saxena 2023). Where they did not, the drafts are the masks'. In
-    autoregressive mode, without masks and without an adapter, these are the only drafts. The text is the same.
+    2) stood before: those that followed the last such place (prompt lookup, Saxena 2023). Where they did not, the drafts are the masks'.
+    Autoregressive decoding, which has no masks and needs no adapter, has these drafts alone. The text is the same.
 
     temperature: 0 for greedy text; above, tokens are drawn, as top_k and top_p say (see `mtp_kernels.Sampling`). seed: of the noise that
     draws them, one integer for each sequence, or of the first, the next ones' being seed + 1, seed + 2, ...; default one from torch's own
