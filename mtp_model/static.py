@@ -124,7 +124,6 @@ class StaticStep:
             self.drafts[:, : drafts.shape[1]] = drafts
         for kept, text in zip(self.text, texts if self.options.lookup else (), strict=False):
             kept[: len(text)] = torch.tensor(text)
-        self.offered = self.most
 
     def run(self) -> Callable[[], Outcome]:
         """One step for every sequence: recorded the first time, then replayed. Returns what waits for its outcome and reads it; on a

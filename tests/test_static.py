@@ -171,14 +171,14 @@ def test_a_recorded_step_runs_without_python(toy_adapter_model, monkeypatch):
 
 def test_a_dropped_step_is_freed(toy_adapter_model):
     model = toy_adapter_model(k=2)
-    generate(model, PROMPTS, mode="quadratic", max_new_tokens=5, static=True)
+    generate(model, PROMPTS, mode="quadratic", lookup=3, max_new_tokens=5, static=True)
     (step,) = model.kept_steps.values()
-    held = [weakref.ref(x) for x in (step.cache.keys[0], step._written[-1])]  # torch keeps the object while it needs the tensor
+    held = [weakref.ref(x) for x in (step.cache.keys[0], step._written[-1], step.text)]  # torch keeps the object while it needs the tensor
     assert step._recorded and all(ref() is not None for ref in held)
     model.kept_steps.clear()
     del step
     gc.collect()
-    assert [ref() for ref in held] == [None, None]
+    assert [ref() for ref in held] == [None, None, None]
 
 
 def test_a_copy_has_steps_of_its_own(toy_adapter_model):
