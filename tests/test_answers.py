@@ -99,6 +99,8 @@ def test_options_out_of_range():
         AnswerOptions(temperature=1, seed=-1)
     with pytest.raises(ValueError, match="seed is 9223372036854775808"):
         AnswerOptions(temperature=1, seed=2**63)
+    with pytest.raises(ValueError, match="lookup_match is 3 and lookup None"):
+        AnswerOptions(lookup_match=3)
 
 
 def test_answers_are_training_data(shared, tmp_path, tokenizer):

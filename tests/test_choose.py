@@ -120,8 +120,9 @@ def test_command_line(capsys):
 
 
 def test_speedups_are_over_autoregressive(monkeypatch, capsys):
-    ranking = [Measured("quadratic", 2, [2.0], 40, 20), Measured("autoregressive", None, [4.0], 40, 40), Measured("linear", 3, [8.0], 40, 10)]
+    copies = Measured("autoregressive", None, [1.0], 40, 16, {"lookup": 4})
+    ranking = [copies, Measured("quadratic", 2, [2.0], 40, 20), Measured("autoregressive", None, [4.0], 40, 40), Measured("linear", 3, [8.0], 40, 10)]
     monkeypatch.setattr(choose, "measure", lambda *args, **options: ranking)
     assert __main__.main(["choose", "--limit", "1", "--device", "cpu"]) == 0
-    lines = [line.split()[-3:] for line in capsys.readouterr().out.splitlines()[1:4]]
-    assert lines == [["20", "2.00x", "2.00"], ["10", "1.00x", "1.00"], ["5", "0.50x", "4.00"]]
+    lines = [line.split()[-3:] for line in capsys.readouterr().out.splitlines()[1:5]]
+    assert lines == [["40", "4.00x", "2.50"], ["20", "2.00x", "2.00"], ["10", "1.00x", "1.00"], ["5", "0.50x", "4.00"]]
