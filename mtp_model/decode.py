@@ -17,10 +17,10 @@ from torch import Tensor
 
 from mtp_kernels import Sampling, accept
 from mtp_model.cache import KVCache
-from mtp_model.layout import MODES, Layout, decoding_layout, prefill_layout
+from mtp_model.layout import MODES, Layout, prefill_layout
 from mtp_model.lookup import lookup_of
 from mtp_model.model import MTPModel
-from mtp_model.static import StaticStep, StepOptions, blocks_behind, drafting_states, keep_step, recordable, take_step
+from mtp_model.static import StaticStep, StepOptions, drafting_states, keep_step, recordable, take_step
 
 SEEDS = 2**63
 
@@ -228,11 +228,11 @@ class Decoding:
         newest = self._next_tokens(z[last, torch.arange(len(lengths), device=model.device)].unsqueeze(0), lengths)[0]  # (B,)
         cache.commit(lengths)
         new = self._emit([[token] for token in newest.tolist()])
-        drafts, counts = self._draft(layout, z, last, newest, cache.lengths)
+        drafts, counts, copied = self._draft(layout, z, last, newest, cache.lengths, [False] * len(lengths))
         if step:
             try:
                 yield new
-                yield from self._static_steps(step, newest, drafts, counts)
+                yield from self._static_steps(step, newest, drafts, counts, copied)
             except GeneratorExit:  # close()
                 pass
             keep_step(step)
@@ -241,7 +241,8 @@ class Decoding:
         yield new
         while not all(self.finished):
             # Verify: the newest token and its drafts, with masks behind them.
-            layout = decoding_layout(self.mode, k, tuple(counts), str(model.device))
+            masked = self.options.masks_behind_copies or not all(c or done for c, done in zip(copied, self.finished, strict=True))
+            layout = self.options.layout(tuple(counts), masked, str(model.device))
             ids = torch.cat([newest.unsqueeze(0), drafts[:, : max(counts)].t()])
             z = self._forward(layout, ids, cache)
             predictions = self._next_tokens(z[: layout.num_ntp], [n + 1 for n in cache.lengths]).t()  # (B, drafts + 1)
@@ -255,15 +256,15 @@ class Decoding:
             cache.commit([0 if done else a + 1 for a, done in zip(lengths, self.finished, strict=True)])
 
             # Draft: from the text itself, or from the block behind the last accepted token.
-            drafts, counts = self._draft(layout, z, accepted, newest, cache.lengths)
+            drafts, counts, copied = self._draft(layout, z, accepted, newest, cache.lengths, copied)
             yield new
 
-    def _static_steps(self, step: StaticStep, newest: Tensor, drafts: Tensor, counts: list[int]) -> Iterator[list[list[int]]]:
+    def _static_steps(self, step: StaticStep, newest: Tensor, drafts: Tensor, counts: list[int], copied: list[bool]) -> Iterator[list[list[int]]]:
         """The same loop with the four parts in one launch: each step is begun before the one before it is read."""
         if all(self.finished):
             return
         room = [0 if done else self.max_new_tokens - len(tokens) for tokens, done in zip(self.tokens, self.finished, strict=True)]
-        step.begin(step.cache.lengths, newest, drafts, counts, room, self.finished, self.seeds, self._texts())
+        step.begin(step.cache.lengths, newest, drafts, counts, room, self.finished, self.seeds, copied, self._texts())
         began, following = time.perf_counter(), None
         try:
             while not all(self.finished):
@@ -299,17 +300,19 @@ class Decoding:
     def _texts(self) -> list[list[int]]:
         return [prompt + tokens for prompt, tokens in zip(self.prompts, self.tokens, strict=True)]
 
-    def _draft(self, layout: Layout, z: Tensor, accepted: Tensor, newest: Tensor, position: list[int]) -> tuple[Tensor, list[int]]:
-        """The next drafts (B, D), and how many each sequence has: copied ones where there are any, else k with a block behind row `accepted`.
+    def _draft(
+        self, layout: Layout, z: Tensor, accepted: Tensor, newest: Tensor, position: list[int], copied: list[bool]
+    ) -> tuple[Tensor, list[int], list[bool]]:
+        """The next drafts (B, D), how many each sequence has, and whether they are copied, as those of this step were or not.
 
-        position: of newest (B,)."""
-        options, batch = self.options, len(self.finished)
-        drafts, counts = torch.zeros(batch, options.num_drafts, dtype=torch.int64, device=self.model.device), [0] * batch
+        Copied ones are taken where there are any, else k with a block behind row `accepted`. position: of newest (B,)."""
+        options, batch, device = self.options, len(self.finished), self.model.device
+        drafts, counts = torch.zeros(batch, options.num_drafts, dtype=torch.int64, device=device), [0] * batch
         if all(self.finished):
-            return drafts, counts
+            return drafts, counts, copied
         began = time.perf_counter()
-        if self.k:
-            behind = blocks_behind(layout, accepted)
+        if layout.num_blocks:
+            behind = options.blocks_behind(layout, accepted, torch.tensor(copied, device=device))
             counts = [self.k * has for has in behind.any(0).tolist()]
         if any(counts):
             keys = self._keys([p + 1 for p in position], self.k)
@@ -318,17 +321,17 @@ class Decoding:
                 None if keys is None else keys.t(),
             )  # fmt: skip
         if options.lookup:
-            texts = self._texts()
-            ends = torch.tensor([len(text) - 1 for text in texts], device=self.model.device)
-            padded = torch.tensor([text + [0] * (int(ends.max()) + 1 - len(text)) for text in texts], device=self.model.device)
-            copied, found = options.lookup.drafts(padded, ends)
-            for b in found.nonzero().flatten().tolist():
-                if not self.finished[b]:  # rows take time
-                    counts[b] = options.lookup.tokens
-                    drafts[b, : counts[b]] = copied[b]
+            texts, count = self._texts(), options.lookup.tokens
+            ends = torch.tensor([len(text) - 1 for text in texts], device=device)
+            padded = torch.tensor([text + [0] * (int(ends.max()) + 1 - len(text)) for text in texts], device=device)
+            found_drafts, found = options.lookup.drafts(padded, ends)
+            copied = [has and not done for has, done in zip(found.tolist(), self.finished, strict=True)]  # rows take time
+            for b in range(batch):
+                if copied[b]:
+                    counts[b], drafts[b, :count] = count, found_drafts[b]
         if any(counts):
             self._book("draft", began)
-        return drafts, counts
+        return drafts, counts, copied
 
     def _emit(self, new: list[list[int]], accepted: list[int] | None = None, counts: list[int] = ()):
         """Append what a pass wrote, cut at end-of-text and at the maximum; returns what was appended."""

@@ -13,7 +13,8 @@ those NTP rows (arXiv 2507.11851, Fig. 4). Only the anchors differ:
     prefill           the prompt       its last token
     training          the whole text   every position that bears a loss
 
-Drafts copied from the text (see `lookup`) may be more or fewer than k, and autoregressive decoding may have them too.
+Drafts copied from the text (see `lookup`) may be more or fewer than k, and autoregressive decoding may have them too. Behind
+copied drafts a linear step has no block: few of them are all accepted, and then the text can mostly be copied again.
 
 In the pictures k = 2, 0 = may attend, columns in the order NTP keys | masks of each block; n = 0.
 

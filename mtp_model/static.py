@@ -3,8 +3,8 @@
 What a step of `decode.Decoding` chooses on the host is data here: a sequence with fewer drafts than others has its masks after the last
 of them, and its other rows are padding (see `layout`). Its operations are recorded at its first run and then replayed: on a GPU as a CUDA graph
 with the rows of a step with all drafts, and the host reads what a step wrote while the next one works; on a CPU, for the specification, as a
-TorchScript trace, which spares a small model most of Python's time, and as a second one with more rows for steps with copied drafts, for
-there the host knows whether there are any and rows take time. The text is the same.
+TorchScript trace, which spares a small model most of Python's time, and as others for steps with copied drafts, which have more rows or no
+masks, for there the host knows whether there are any and rows take time. The text is the same.
 
     step = take_step(model, batch, columns, StepOptions(mode, k))
     step.begin(...)                 # the outcome of a prefill into step.cache
@@ -24,7 +24,7 @@ from torch import Tensor
 from mtp_kernels import Sampling
 from mtp_kernels.nn import GatedLoRALinear, version
 from mtp_model.cache import ALIGNMENT, KVCache
-from mtp_model.layout import Layout, decoding_layout
+from mtp_model.layout import MODES, Layout, decoding_layout
 from mtp_model.lookup import Lookup
 from mtp_model.model import MTPModel
 
@@ -60,7 +60,20 @@ class StepOptions:
     @property
     def num_rows(self) -> int:
         """Of a step with all drafts, which has the most."""
-        return decoding_layout(self.mode, self.k, (self.num_drafts,)).num_rows
+        return self.layout((self.num_drafts,)).num_rows
+
+    @property
+    def masks_behind_copies(self) -> bool:
+        return self.mode != "linear"
+
+    def layout(self, drafts: tuple[int, ...], masked: bool = True, device: str = "cpu") -> Layout:
+        """Of a step with so many drafts for each sequence. masked: with its mode's masks."""
+        return decoding_layout(self.mode if masked else MODES[0], self.k, drafts, device)
+
+    def blocks_behind(self, layout: Layout, accepted: Tensor, copied: Tensor) -> Tensor:
+        """(A, B) which blocks stand behind each sequence's row `accepted` (B,) and may be drafted from; copied: (B,) whether its drafts were."""
+        behind = layout.anchors == accepted
+        return behind if self.masks_behind_copies else behind & ~copied
 
 
 @dataclass(frozen=True)
@@ -76,8 +89,8 @@ class Outcome:
 class StaticStep:
     """The step for `batch` sequences with caches of `columns` columns.
 
-    State, tensors of fixed address: lengths (B,), newest (B,), drafts (B, D), counts (B,) of drafts, room (B,), finished (B,), seeds (B,),
-    and for lookups text (B, S), whose newest token stands at `lengths`.
+    State, tensors of fixed address: lengths (B,), newest (B,), drafts (B, D), counts (B,) of drafts, copied (B,) whether they were copied,
+    room (B,), finished (B,), seeds (B,), and for lookups text (B, S), whose newest token stands at `lengths`.
     """
 
     def __init__(self, model: MTPModel, batch: int, columns: int, options: StepOptions):
@@ -87,23 +100,23 @@ class StaticStep:
         self.cache = KVCache(model.config, batch, -(-columns // ALIGNMENT) * ALIGNMENT, device, model.dtype)
         self.lengths, self.newest, self.room, self.seeds, self.counts = (torch.zeros(batch, dtype=ids, device=device) for _ in range(5))
         self.drafts = torch.zeros(batch, self.most, dtype=ids, device=device)
-        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.finished, self.copied = (torch.zeros(batch, dtype=torch.bool, device=device) for _ in range(2))
         self.text = torch.zeros(batch, self.cache.columns if options.lookup else 0, dtype=ids, device=device)
         self.eos = torch.tensor(sorted(options.eos), dtype=ids, device=device)
         self.outcome = torch.zeros(batch, self.most + 4, dtype=ids, device=device)  # predictions | accepted, written, counts
         self.overlaps = device.type == "cuda"  # whether a run may be begun before the one before it is read
         self.columns: int | None = None  # that a run looks at; None: all of the cache's
-        self.offered = self.most  # drafts that a run has rows for
+        self.offered, self.masked = self.most, bool(self.k)  # how many drafts a run has rows for, and whether it has masks
         self.key: tuple | None = None
-        self._recorded: dict[tuple, Callable[..., object]] = {}  # by columns and offered
-        self._layouts: dict[int, Layout] = {}  # by offered; kept, for a graph knows their addresses
+        self._recorded: dict[tuple, Callable[..., object]] = {}  # by columns, offered and masked
+        self._layouts: dict[tuple, Layout] = {}  # by the last two; kept, for a graph knows their addresses
         self._runs, self._copies = 0, []
         if self.overlaps:
             self._copies = [(torch.empty(self.outcome.shape, dtype=torch.int64, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        return self.lengths, self.newest, self.room, self.drafts, self.counts, self.finished, self.seeds, self.text
+        return self.lengths, self.newest, self.room, self.drafts, self.counts, self.copied, self.finished, self.seeds, self.text
 
     @property
     def _written(self) -> tuple[Tensor, ...]:
@@ -111,12 +124,14 @@ class StaticStep:
 
     def begin(
         self, lengths: list[int], newest: Tensor, drafts: Tensor | None, counts: list[int], room: list[int], finished: list[bool], seeds: list[int],
-        texts: list[list[int]] = (),
+        copied: list[bool] | None = None, texts: list[list[int]] = (),
     ) -> None:  # fmt: skip
-        """Take over after a prefill that filled the step's cache. drafts: (B, up to D). texts: the tokens so far, newest included; only lookups need them."""
+        """Take over after a prefill that filled the step's cache. drafts: (B, up to D). copied, texts (the tokens so far, newest included):
+        only lookups need them."""
         self.lengths.copy_(torch.tensor(lengths))
         self.newest.copy_(newest)
         self.counts.copy_(torch.tensor(counts))
+        self.copied.copy_(torch.tensor(copied or [False]))
         self.room.copy_(torch.tensor(room))
         self.finished.copy_(torch.tensor(finished))
         self.seeds.copy_(torch.tensor(seeds))
@@ -133,7 +148,7 @@ class StaticStep:
             found = self._read(self.outcome)
             return lambda: found
         with torch.cuda.device(self.model.device):  # capture, streams and events are the current device's
-            key = self.columns, self.offered
+            key = self.columns, self.offered, self.masked
             if key not in self._recorded:
                 self._recorded[key] = self._capture().replay
             self._recorded[key]()
@@ -173,8 +188,10 @@ class StaticStep:
         # The reference looks at all columns that it is given: those in use, rounded up to a power of two of the cache's pieces.
         pieces = -(-(int(self.lengths.max()) + self.options.num_rows) // ALIGNMENT)
         self.columns = min(ALIGNMENT << (pieces - 1).bit_length(), self.cache.columns)
-        self.offered = self.most if int(self.counts.masked_fill(self.finished, 0).max()) > self.k else self.k
-        key = self.columns, self.offered
+        copied = {c for c, done in zip(self.copied.tolist(), self.finished.tolist(), strict=True) if not done}
+        self.offered = self.most if True in copied else self.k
+        self.masked = bool(self.k) and (self.options.masks_behind_copies or copied != {True})
+        key = self.columns, self.offered, self.masked
         if not recordable(self.model):
             self._step()
         elif key in self._recorded:
@@ -211,9 +228,10 @@ class StaticStep:
 
     def _layout(self) -> Layout:
         """The layout of a step with rows for `offered` drafts, where no sequence has its masks behind more than its own."""
-        if self.offered not in self._layouts:
-            self._layouts[self.offered] = decoding_layout(self.options.mode, self.k, (self.offered,) * len(self.lengths), str(self.model.device))
-        layout = self._layouts[self.offered]
+        key = self.offered, self.masked
+        if key not in self._layouts:
+            self._layouts[key] = self.options.layout((self.offered,) * len(self.lengths), self.masked, str(self.model.device))
+        layout = self._layouts[key]
         return layout.anchored(torch.minimum(layout.anchors, self.counts)) if layout.num_blocks else layout
 
     def verify(self, layout: Layout) -> Tensor:
@@ -245,19 +263,22 @@ class StaticStep:
     def draft(self, layout: Layout, z: Tensor, accepted: Tensor) -> None:
         """New drafts: copied from the text where it can be, else from the block behind the last accepted token, where there is one."""
         options = self.options
-        if self.k:
-            behind = blocks_behind(layout, accepted)
+        if layout.num_blocks:
+            behind = options.blocks_behind(layout, accepted, self.copied)
             states = drafting_states(layout, z, behind)
             keys = self._keys(self.k)
             self.drafts[:, : self.k] = self.model.draft(
                 states, self.newest, options.use_sampler, options.draft_candidates, options.sampling, None if keys is None else keys.t()
             )
             self.counts.copy_(behind.any(0) * self.k)
+        else:
+            self.counts.zero_()
         if options.lookup:
             copied, found = options.lookup.drafts(self.text, self.lengths)
             count = options.lookup.tokens
             self.drafts[:, :count] = torch.where(found.unsqueeze(1), copied, self.drafts[:, :count])
-            self.counts.copy_(torch.where(found, count, self.counts if self.k else 0))
+            self.counts.masked_fill_(found, count)
+            self.copied.copy_(found)
 
     def _read(self, outcome: Tensor) -> Outcome:
         rows = outcome.tolist()
@@ -287,11 +308,6 @@ def keep_step(step: StaticStep) -> None:
         del kept[key]
     while len(kept) > KEPT or len(kept) > 2 and sum(each.cache.bytes for each in kept.values()) > KEPT_BYTES:
         del kept[next(iter(kept))]
-
-
-def blocks_behind(layout: Layout, accepted: Tensor) -> Tensor:
-    """(A, B) which blocks stand behind each sequence's row `accepted` (B,)."""
-    return layout.anchors == accepted
 
 
 def drafting_states(layout: Layout, z: Tensor, behind: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Copied drafts: which tokens are copied, against a loop; what they change, the number of steps, and what not, the text."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -84,8 +86,10 @@ def test_with_masks_the_text_is_the_same(shared, oracle, mode, k, tokens, match,
 
 @pytest.mark.parametrize("mode", ["linear", "quadratic"])
 def test_the_masks_draft_where_nothing_can_be_copied(shared, monkeypatch, mode):
-    seen, drafted = [], []
-    accept, draft = mtp_model.decode.accept, shared.model.draft
+    """And behind a linear step's copied drafts there are no masks, so that behind them copies alone follow."""
+    seen, drafted, masks = [], [], []
+    accept, draft, forward = mtp_model.decode.accept, shared.model.draft, shared.model.forward
+    monkeypatch.setattr(shared.model, "forward", lambda rows, cache: masks.append(rows.num_masks) or forward(rows, cache))
     monkeypatch.setattr(mtp_model.decode, "accept", lambda drafts, *rest: seen.append(drafts[0].tolist()) or accept(drafts, *rest))
     monkeypatch.setattr(shared.model, "draft", lambda *args: drafted.append(draft(*args)) or drafted[-1])
     decoding = Decoding(shared.model, PROMPTS[3:], mode=mode, k=2, lookup=5, max_new_tokens=NEW, eos=(), static=False)
@@ -93,12 +97,14 @@ def test_the_masks_draft_where_nothing_can_be_copied(shared, monkeypatch, mode):
     for _ in decoding:
         texts.append(PROMPTS[3] + decoding.tokens[0])
     drafted = [each[0].tolist() for each in drafted]
-    kinds = set()
-    for text, drafts in zip(texts, seen, strict=False):
+    kinds = []
+    for text, drafts, count in zip(texts, seen, masks[1:], strict=False):
         expected = copied(text, 5, 2)
         assert drafts == expected if expected else drafts in (drafted if mode == "quadratic" else [*drafted, []])
-        kinds.add("copied" if expected else "masks" if drafts else "none")
-    assert {"copied", "masks"} <= kinds and ("none" in kinds) == (mode == "linear")
+        assert count == (6 * 2 if expected else 3 * 2) if mode == "quadratic" else count == (0 if expected else 2)
+        kinds.append("copied" if expected else "masks" if drafts else "none")
+    assert {"copied", "masks"} <= set(kinds) and ("none" in kinds) == (mode == "linear")
+    assert mode == "quadratic" or all(pair != ("copied", "masks") for pair in itertools.pairwise(kinds))
 
 
 @pytest.mark.parametrize("mode", ["autoregressive", "quadratic"])
@@ -121,12 +127,16 @@ def test_a_kept_step_forgets_the_text_before(toy_model):
     assert len(toy_model.kept_steps) == 1
 
 
-@pytest.mark.parametrize("mode, most", [("autoregressive", 6), ("linear", 6), ("quadratic", 6)])
-def test_a_cpu_has_rows_for_copies_only_where_there_are_some(shared, mode, most):
+@pytest.mark.parametrize(
+    "mode, batch, shapes",
+    [("autoregressive", 1, {(0, False), (6, False)}), ("linear", 1, {(2, True), (6, False)}), ("linear", 4, {(2, True), (6, False), (6, True)}),
+     ("quadratic", 1, {(2, True), (6, True)})],
+)  # fmt: skip
+def test_a_cpu_has_rows_for_copies_and_for_masks_only_where_there_are_some(shared, mode, batch, shapes):
     shared.model.kept_steps.clear()
-    generate(shared.model, PROMPTS[3:], mode=mode, k=2, lookup=most, max_new_tokens=NEW, eos=(), static=True)
+    generate(shared.model, PROMPTS[-batch:], mode=mode, k=2, lookup=6, max_new_tokens=NEW, eos=(), static=True)
     (step,) = shared.model.kept_steps.values()
-    assert set(step._recorded) == {(256, 0 if mode == "autoregressive" else 2), (256, most)}
+    assert {key[1:] for key in step._recorded} == shapes
 
 
 @pytest.mark.parametrize("static", [False, True])

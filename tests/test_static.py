@@ -195,7 +195,7 @@ def test_a_long_context_of_many_lengths(toy_adapter_model):
     fixed, host = both_ways(model, prompts, mode="quadratic", max_new_tokens=12, eos=())
     assert fixed.tokens == host.tokens and fixed.stats.accepted == host.stats.accepted
     (step,) = model.kept_steps.values()
-    assert set(step._recorded) == {(step.cache.columns, 3)} == {(768, 3)}  # no more than there are
+    assert set(step._recorded) == {(step.cache.columns, 3, True)} == {(768, 3, True)}  # no more than there are
 
 
 def test_a_step_whose_cache_is_too_small_is_not_taken(toy_adapter_model):
