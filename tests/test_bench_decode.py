@@ -45,10 +45,10 @@ def test_json_names_settings_versions_and_commit(result):
 def test_drawn_text(tmp_path, capsys):
     """Ours is one text in every way, to its full length; transformers draws another, which is not compared."""
     arguments = ["--num-prompts", "2", "--new-tokens", "12", "--repeats", "1", "--k", "3", "--device", "cpu", "--out", str(tmp_path)]
-    assert decode.main([*arguments, "--temperature", "0.9", "--top-k", "40", "--modes", "quadratic"]) == 0
+    assert decode.main([*arguments, "--temperature", "0.9", "--top-k", "40", "--modes", "quadratic", "--lookup", "5"]) == 0
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
     assert [(r["identical"], r["compared"]) for r in rows] == [(2, 2)] * 4 + [(0, 0)] * 2
-    assert {r["tokens"] for r in rows} == {24}
+    assert {r["tokens"] for r in rows} == {24} and [r["lookup"].get("lookup") for r in rows] == [None, None, 5, 5, None, None]
     assert "top_k=40" in capsys.readouterr().out
     model, prompts = decode.load_adapter(ADAPTER).apply(decode.load_model(BASE)), [[1, 2], [3]]
     greedy, drawn = (decode.acceptance(model, prompts, 12, "quadratic", 3, drawn=each) for each in (None, decode.Drawn(3.0)))
@@ -80,8 +80,23 @@ def test_flags_of_drawn_and_copied_text_reach_every_job(tmp_path, monkeypatch):
     assert [line.split("|")[4].strip() == "1.00" for line in lines] == [True, False]  # without masks several tokens per step, too
     records = [decode.acceptance(model, [[1, 2] * 9], 60, "linear", 1, lookup=each) for each in (None, some)]
     assert records[0]["pooled"] < records[1]["pooled"]
-    with pytest.raises(ValueError, match="top_k is 40 and temperature 0"):
-        decode.main([*flags, "--top-k", "40"])
+    for wrong, word in (
+        (["--top-k", "40"], "top_k is 40 and temperature 0"), (["--lookup", "0"], "lookup is 0"), (["--lookup-match", "3"], "lookup_match is 3 and lookup None")
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=word):
+            decode.main([*flags, *wrong])
+
+
+def test_rows_are_warmed_up_as_they_are_measured_and_copies_are_not_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    rows, seen = [decode.Row("autoregressive"), decode.Row("linear", 2), decode.Row("linear", 2, lookup={"lookup": 4})], []
+    monkeypatch.setattr(decode, "measure", lambda row, *_, **__: seen.append(row.options) or [[0]])
+    decode.compare(rows, None, None, [[[1]]], 3, 1)
+    assert seen == [row.options for row in rows] * 2
+    for row in rows:
+        row.tokens = row.passes = 1
+    monkeypatch.setattr(decode, "ratio", lambda base, row: seen.append(row) or (1.0, 1.0, 1.0))
+    assert decode.plot(rows, tmp_path / "decode.png", "") and seen[6:] == rows[1:2]  # against k, which copies have nothing to do with
 
 
 def test_sample_brackets_hold_only_drafts():
