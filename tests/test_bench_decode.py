@@ -80,6 +80,10 @@ def test_flags_of_drawn_and_copied_text_reach_every_job(tmp_path, monkeypatch):
     assert [line.split("|")[4].strip() == "1.00" for line in lines] == [True, False]  # without masks several tokens per step, too
     records = [decode.acceptance(model, [[1, 2] * 9], 60, "linear", 1, lookup=each) for each in (None, some)]
     assert records[0]["pooled"] < records[1]["pooled"]
+    seen.clear()
+    monkeypatch.setattr(decode, "acceptance", lambda *_, **options: seen.append(options) or records[0])
+    decode.ablation(model, [[1]], 5, 2, [ADAPTER], decode.Drawn(1.0), some)
+    assert seen == [{"drawn": decode.Drawn(1.0), "lookup": some}] * 4
     for wrong, word in (
         (["--top-k", "40"], "top_k is 40 and temperature 0"), (["--lookup", "0"], "lookup is 0"), (["--lookup-match", "3"], "lookup_match is 3 and lookup None")
     ):  # fmt: skip
