@@ -75,21 +75,21 @@ class PrescribedStep(StaticStep):
     def __init__(self, model: MTPModel, cache: KVCache, mode: str, k: int, text: Tensor, start: int, **options):
         super().__init__(model, text.shape[0], 1, StepOptions(mode, k, **options))
         self.cache = cache
-        self.text, self.start = text, start
+        self.recorded_text, self.start = text, start
         self.ahead = torch.arange(1, k + 1, device=text.device)
         self.offers = torch.zeros(text.shape[0], text.shape[1] + k + 1, dtype=torch.int64, device=text.device)
         self.prescribe(torch.zeros_like(self.offers, dtype=torch.bool))
 
     def prescribe(self, wrong: Tensor) -> None:
         """wrong: (B, >= N + k + 1) bool, whether a draft of the recorded text's token i is another token. A captured graph obeys it too."""
-        text = torch.nn.functional.pad(self.text, (0, self.k + 1))  # what is offered behind the text is cut off by the room
+        text = torch.nn.functional.pad(self.recorded_text, (0, self.k + 1))  # what is offered behind the text is cut off by the room
         self.offers.copy_((text + wrong[:, : text.shape[1]]) % self.model.config.vocab_size)
 
     def restart(self) -> None:
         """To the beginning of the text: its first token is the newest, and there are drafts behind it."""
-        batch, length = self.text.shape
+        batch, length = self.recorded_text.shape
         drafts = self.offers[:, 1 : self.k + 1] if self.k else None
-        self.begin([self.start] * batch, self.text[:, 0], drafts, [self.k] * batch, [length - 1] * batch, [length == 1] * batch, [0] * batch)
+        self.begin([self.start] * batch, self.recorded_text[:, 0], drafts, [self.k] * batch, [length - 1] * batch, [length == 1] * batch, [0] * batch)
 
     def draft(self, layout: Layout, z: Tensor, accepted: Tensor) -> None:
         super().draft(layout, z, accepted)
@@ -103,8 +103,8 @@ def write(step: PrescribedStep) -> tuple[list[list[int]], int, float]:
 
     Returns the tokens, how many passes wrote some (summed over the sequences), and the seconds until the last token is on the host.
     """
-    length, ahead = step.text.shape[1], step.model.device.type == "cuda"
-    texts, passes = step.text[:, :1].tolist(), 0
+    length, ahead = step.recorded_text.shape[1], step.model.device.type == "cuda"
+    texts, passes = step.recorded_text[:, :1].tolist(), 0
     step.restart()
     if ahead:
         torch.cuda.synchronize()
