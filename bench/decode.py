@@ -16,6 +16,7 @@ import argparse
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -152,9 +153,9 @@ def compare(
     rows: list[Row], model: MTPModel, peer: Peer | None, batches: list[list[list[int]]], new_tokens: int, repeats: int, drawn: Drawn | None = None
 ) -> None:
     """Run every row on every batch, in turn, `repeats` times; outputs are held against the first row's, but for those transformers draws."""
-    longest = max(batches, key=lambda batch: max(map(len, batch)))
-    for row in rows:  # warm up: first calls allocate and record steps, which serve texts up to the longest, and on a GPU compile
-        measure(Row(row.name, row.k, lookup=row.lookup), model, peer, longest, new_tokens, **texts(drawn, 0, longest))
+    longest = {len(batch): batch for batch in sorted(batches, key=lambda batch: max(map(len, batch)))}  # of each size: the last batch may be smaller
+    for row, batch in product(rows, longest.values()):  # warm up: first calls allocate and record steps, which serve shorter texts too, or compile
+        measure(Row(row.name, row.k, lookup=row.lookup), model, peer, batch, new_tokens, **texts(drawn, 0, batch))
     bar = tqdm(total=repeats * len(batches) * len(rows), desc="decode", disable=None)
     for repeat in range(repeats):
         for number, batch in enumerate(batches):

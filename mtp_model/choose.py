@@ -100,14 +100,16 @@ def measure(
     ways = [Measured(mode, k, lookup=each) for each in ([{}, copies] if copies else [{}]) for mode, k in ((AUTOREGRESSIVE, None), *product(modes, ks))]
     seeds = seeds_of(options.pop("seed", 0), len(prompts)) if options.get("temperature") else None
     batches = [(prompts[i : i + batch], {"seed": seeds[i : i + batch]} if seeds else {}) for i in range(0, len(prompts), batch)]
+    sizes = {len(each): (each, seed) for each, seed in batches[::-1]}  # the last batch may be a smaller one, whose steps are others
     bar = tqdm(desc="choose", total=len(ways) * rounds, disable=None if progress else True)
     for number in range(rounds):
         for way in ways:
             asked = {"max_new_tokens": max_new_tokens} | way.options | options
-            decoding = Decoding(model, batches[0][0], **asked | batches[0][1])
-            for _ in islice(decoding, UNMEASURED if number and not way.lookup else None):
-                pass
-            decoding.close()
+            for each, seed in sizes.values():
+                decoding = Decoding(model, each, **asked | seed)
+                for _ in islice(decoding, UNMEASURED if number and not way.lookup else None):
+                    pass
+                decoding.close()
             began, way.tokens, way.passes = time.perf_counter(), 0, 0
             for each, seed in batches:
                 stats = generate(model, each, **asked | seed).stats

@@ -59,7 +59,7 @@ def test_drawn_prompts_have_a_seed_each_and_their_full_length(make_hf_dir, monke
     seen = []
     monkeypatch.setattr(decode, "measure", lambda row, model, peer, batch, *_, **options: seen.append(options["seed"]) or [[0]] * len(batch))
     decode.compare([decode.Row("autoregressive")], None, None, [[[1], [2]], [[3]]], 4, 1, decode.Drawn(1.0))
-    assert seen == [[0, 1], [0, 1], [2]]  # the first to warm up
+    assert seen == [[0, 1], [0], [0, 1], [2]]  # the first two to warm up, one of each size
     peer = decode.Peer(make_hf_dir(seed=3, eos_token_id=[0, 1, 2]), "cpu", torch.float32, decode.Drawn(2.0))
     assert len(peer.run([[1, 2, 3]], 12, False)[0]) == 12
 

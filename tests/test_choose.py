@@ -85,6 +85,10 @@ def test_a_recording_is_not_measured(toy_adapter_model, monkeypatch):
     measure(model, PROMPTS[:1], max_new_tokens=20, rounds=2)
     assert len(recorded) == 2 * 5 and not any(recorded)
     recorded.clear()
+    measure(model, PROMPTS, modes=["linear"], ks=[2], batch=2, max_new_tokens=9, rounds=2)  # the last batch is smaller
+    assert recorded and not any(recorded)
+    recorded.clear()
+    model.kept_steps.clear()
     measure(model, PROMPTS[:1], modes=["linear"], ks=[2], max_new_tokens=40, rounds=2, lookup=6, lookup_match=4)  # its first copy comes late
     assert len(recorded) == 2 * (2 + 2 * 2) and not any(recorded)
     monkeypatch.setattr(static, "KEPT", 32)
