@@ -16,7 +16,7 @@ from mtp_model.demo import ADAPTER, BASE
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    code = decode.main(["--num-prompts", "2", "--new-tokens", "12", "--repeats", "1", "--k", "2", "4", "--out", str(out)])
+    code = decode.main(["--num-prompts", "2", "--new-tokens", "12", "--repeats", "1", "--k", "3", "--out", str(out)])
     return code, json.loads((out / "decode.json").read_text()), out
 
 
@@ -24,7 +24,7 @@ def test_main_job_runs_and_is_exact(result):
     code, values, _ = result
     assert code == 0
     ours = [r for r in values["rows"] if r["passes"]]
-    ways = [("autoregressive", 0), ("linear", 2), ("linear", 4), ("quadratic", 2), ("quadratic", 4)]
+    ways = [("autoregressive", 0), ("linear", 3), ("quadratic", 3)]
     assert [(r["name"], r["k"], r["lookup"].get("lookup", 0)) for r in ours] == [(*way, copied) for copied in (0, 10) for way in ways]
     for row in ours:
         assert row["identical"] == row["compared"] == 2
@@ -76,12 +76,15 @@ def test_flags_of_drawn_and_copied_text_reach_every_job(tmp_path, monkeypatch):
     model = decode.load_adapter(ADAPTER).apply(decode.load_model(BASE, dtype=torch.float32))
     text, good = decode.check(model, [[1, 2], [3], [4]], 5, [2], decode.Drawn(1.0))
     assert good and text.count("3 of 3") == 2 * 4
-    lines = [decode.check(model, [[1, 2] * 9], 60, [2], lookup=each)[0].splitlines()[2] for each in (None, some)]
-    assert [line.split("|")[4].strip() == "1.00" for line in lines] == [True, False]  # without masks several tokens per step, too
-    records = [decode.acceptance(model, [[1, 2] * 9], 60, "linear", 1, lookup=each) for each in (None, some)]
-    assert records[0]["pooled"] < records[1]["pooled"]
     seen.clear()
-    monkeypatch.setattr(decode, "acceptance", lambda *_, **options: seen.append(options) or records[0])
+    measure = decode.measure
+    monkeypatch.setattr(decode, "measure", lambda row, *args, **options: seen.append(row.options) or measure(row, *args, **options))
+    record = decode.acceptance(model, [[1, 2]], 3, "linear", 1, lookup=some)
+    assert seen == [{"mode": "linear", "k": 1, **some}]
+    assert decode.check(model, [[1, 2]], 3, [2], lookup=some)[1]
+    assert seen[1:] == [{"mode": mode, "k": None if mode == "autoregressive" else 2, **some} for mode in decode.MODES for _ in range(2)]
+    seen.clear()
+    monkeypatch.setattr(decode, "acceptance", lambda *_, **options: seen.append(options) or record)
     decode.ablation(model, [[1]], 5, 2, [ADAPTER], decode.Drawn(1.0), some)
     assert seen == [{"drawn": decode.Drawn(1.0), "lookup": some}] * 4
     for wrong, word in (

@@ -85,7 +85,7 @@ def test_a_recording_is_not_measured(toy_adapter_model, monkeypatch):
     measure(model, PROMPTS[:1], max_new_tokens=20, rounds=2)
     assert len(recorded) == 2 * 5 and not any(recorded)
     recorded.clear()
-    measure(model, PROMPTS, modes=["linear"], ks=[2], batch=2, max_new_tokens=9, rounds=2)  # the last batch is smaller
+    measure(model, PROMPTS, modes=["linear"], ks=[2], batch=2, max_new_tokens=9, rounds=1)  # the last batch is smaller
     assert recorded and not any(recorded)
     recorded.clear()
     model.kept_steps.clear()
@@ -115,7 +115,7 @@ def test_command_line(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert {line.split("  ")[0] for line in lines[1:4]} == {"autoregressive", "quadratic, k = 1", "quadratic, k = 2"}
     assert lines[-1].startswith("fastest here, with 1 side by side: --mode ") and "1.00x" in "".join(lines)
-    assert __main__.main([*arguments, "--temperature", "0.8", "--top-p", "0.9", "--lookup", "3"]) == 0
+    assert __main__.main([*arguments, "--temperature", "0.8", "--top-p", "0.9", "--lookup", "3", "--k", "2"]) == 0
     assert {"autoregressive, lookup 3", "quadratic, k = 2, lookup 3"} <= {line.split("  ")[0] for line in capsys.readouterr().out.splitlines()}
     assert __main__.main([*arguments, "--top-p", "0.9"]) == 2
     assert "top_p is 0.9 and temperature 0" in capsys.readouterr().err

@@ -72,8 +72,7 @@ def test_without_masks_steps_follow_from_the_text(shared, oracle, tokens, match,
     assert [generate(shared.model, [p], **options).stats.passes[0] for p in PROMPTS] == result.stats.passes
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("k, tokens, match", [(1, 4, 2), (3, 2, 1), (2, 9, None), (4, 4, 1)])
+@pytest.mark.parametrize("k, tokens, match, batch", [(1, 4, 2, 4), (3, 2, 1, 1), (2, 9, None, 4), (4, 4, 1, 1)])
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_with_masks_the_text_is_the_same(shared, oracle, mode, k, tokens, match, batch):
     options = dict(mode=mode, k=k, lookup=tokens, lookup_match=match, max_new_tokens=NEW, eos=())

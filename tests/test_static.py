@@ -285,10 +285,10 @@ def test_with_the_kernels(toy_adapter_model, make_hf_dir, tmp_path, device, mode
     save_adapter(toy_adapter_model(k=2, rank=4, num_hidden_layers=1), tmp_path / "adapter")
     model = load_adapter(tmp_path / "adapter").apply(load_model(tmp_path / "base", device=device, implementation="triton"))
     lookup = 3 if mode in ("autoregressive", "linear") else None
-    fixed, host = both_ways(model, PROMPTS[1:3], mode=mode, max_new_tokens=4, eos=(), lookup=lookup)
+    fixed, host = both_ways(model, PROMPTS[1:3], mode=mode, max_new_tokens=3, eos=(), lookup=lookup)
     assert fixed.tokens == host.tokens and fixed.stats.passes == host.stats.passes
     plain = load_model(tmp_path / "base", device=device, implementation="reference")
-    assert fixed.tokens == generate(plain, PROMPTS[1:3], mode="autoregressive", max_new_tokens=4, eos=()).tokens
+    assert fixed.tokens == generate(plain, PROMPTS[1:3], mode="autoregressive", max_new_tokens=3, eos=()).tokens
 
 
 class _NoWaiting(TorchDispatchMode):
