@@ -84,6 +84,17 @@ def test_with_masks_the_text_is_the_same(shared, oracle, mode, k, tokens, match,
 
 
 @pytest.mark.parametrize("mode", ["linear", "quadratic"])
+def test_a_batch_is_its_texts_one_by_one(shared, mode):
+    """Some copy while others have masks, whose block none of the former may draft from in linear mode."""
+    options = dict(mode=mode, k=2, lookup=2, max_new_tokens=NEW, eos=())
+    together = generate(shared.model, PROMPTS, **options).stats
+    alone = [generate(shared.model, [p], **options).stats for p in PROMPTS]
+    assert together.passes == [stats.passes[0] for stats in alone]
+    for name in ("offered", "accepted"):
+        assert getattr(together, name) == [sum(column) for column in zip(*(getattr(stats, name) for stats in alone), strict=True)]
+
+
+@pytest.mark.parametrize("mode", ["linear", "quadratic"])
 def test_the_masks_draft_where_nothing_can_be_copied(shared, monkeypatch, mode):
     """And behind a linear step's copied drafts there are no masks, so that behind them copies alone follow."""
     seen, drafted, masks = [], [], []
