@@ -57,9 +57,11 @@ def test_drawn_text(tmp_path, capsys):
 
 def test_drawn_prompts_have_a_seed_each_and_their_full_length(make_hf_dir, monkeypatch):
     seen = []
-    monkeypatch.setattr(decode, "measure", lambda row, model, peer, batch, *_, **options: seen.append(options["seed"]) or [[0]] * len(batch))
-    decode.compare([decode.Row("autoregressive")], None, None, [[[1], [2]], [[3]]], 4, 1, decode.Drawn(1.0))
-    assert seen == [[0, 1], [0], [0, 1], [2]]  # the first two to warm up, one of each size
+    monkeypatch.setattr(decode, "measure", lambda row, model, peer, batch, *_, **options: seen.append((batch, options["seed"])) or [[0]] * len(batch))
+    batches = [[[1], [2, 2]], [[1], [2]], [[3]]]
+    decode.compare([decode.Row("autoregressive")], None, None, batches, 4, 1, decode.Drawn(1.0))
+    assert seen[2:] == list(zip(batches, ([0, 1], [2, 3], [4]), strict=True))
+    assert {len(batch): batch for batch, _ in seen[:2]} == {2: batches[0], 1: batches[2]}  # to warm up, the longest of each size
     peer = decode.Peer(make_hf_dir(seed=3, eos_token_id=[0, 1, 2]), "cpu", torch.float32, decode.Drawn(2.0))
     assert len(peer.run([[1, 2, 3]], 12, False)[0]) == 12
 

@@ -11,6 +11,7 @@ import mtp_model.decode
 from mtp_model import Decoding, generate
 from mtp_model.layout import MODES
 from mtp_model.lookup import Lookup
+from mtp_model.static import StaticStep, StepOptions
 
 PROMPTS = [[1, 2, 3, 4, 5], [0], [5, 5, 1], [2, 0, 4, 1, 3, 3, 2, 5, 0]]
 NEW = 40
@@ -160,6 +161,24 @@ def test_a_finished_text_has_no_rows_for_copies(shared, oracle, monkeypatch, sta
     decoding.finished[0] = True
     assert len(list(decoding)) == 9 and decoding.tokens == [[], oracle[0][:9]]
     assert rows[1:] == [1] * 8
+
+
+def test_a_finished_text_has_no_say_in_a_linear_steps_masks(shared, monkeypatch):
+    monkeypatch.setattr(mtp_model.static, "TRACES", False)
+    step = StaticStep(shared.model, 2, 100, StepOptions("linear", 2, lookup=Lookup(6)))
+    for finished, copied, shape in (
+        ([False, True], [True, False], (6, False)), ([False, True], [False, True], (2, True)), ([False, False], [True, False], (6, True)),
+    ):  # fmt: skip
+        with torch.inference_mode():
+            step.begin([3, 3], torch.tensor([1, 2]), None, [6 * c for c in copied], [9, 9], finished, [0, 0], copied, PROMPTS[:2])
+            step.run()
+        assert (step.offered, step.masked) == shape
+    rows, forward = [], shared.model.forward
+    monkeypatch.setattr(shared.model, "forward", lambda each, cache: rows.append((each.num_ntp, each.num_masks)) or forward(each, cache))
+    decoding = Decoding(shared.model, [PROMPTS[3], [0]], mode="linear", k=2, lookup=6, lookup_match=1, max_new_tokens=9, eos=(), static=False)
+    decoding.finished[1] = True
+    assert len(list(decoding)) > 1 and decoding.tokens[1] == []
+    assert (7, 0) in rows and (7, 2) not in rows
 
 
 @pytest.mark.parametrize(
