@@ -271,7 +271,7 @@ class StaticStep:
                 states, self.newest, options.use_sampler, options.draft_candidates, options.sampling, None if keys is None else keys.t()
             )
             self.counts.copy_(behind.any(0) * self.k)
-        else:
+        elif options.lookup:
             self.counts.zero_()
         if options.lookup:
             copied, found = options.lookup.drafts(self.text, self.lengths)
