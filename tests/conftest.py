@@ -12,10 +12,11 @@ if not torch.cuda.is_available():  # before Triton is first imported, which tran
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
         import interpreter_bfloat16
+        import interpreter_memory
         import interpreter_speed
 
-        interpreter_bfloat16.apply()
-        interpreter_speed.apply()
+        for patch in (interpreter_bfloat16, interpreter_memory, interpreter_speed):
+            patch.apply()
 
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 

@@ -54,7 +54,7 @@ def cross_entropy_kernel(
     x_ptr += row * stride
     label = tl.load(labels_ptr + row)
     counts = label != ignore_index
-    own = tl.load(x_ptr + label, mask=(label >= 0) & (label < V), other=0.0).to(tl.float32)  # before the last sweep overwrites it
+    own = tl.load(x_ptr + label, mask=(label >= 0) & (label < V), other=0.0).to(tl.float32)
     hard = 1.0
     m, guess, total = _maximum_and_sum(x_ptr, V, BLOCK_V)
     if HAS_TEACHER:
@@ -63,6 +63,8 @@ def cross_entropy_kernel(
         t_m, _, t_total = _maximum_and_sum(t_ptr, V, BLOCK_V)
         expected = tl.zeros((BLOCK_V,), tl.float32)
     loss = tl.log(total) - hard * (own - m)
+    if GRADIENT:
+        tl.debug_barrier()  # no thread overwrites a logit that another one has yet to load
     if HAS_TEACHER or GRADIENT:
         for start in range(0, V, BLOCK_V):
             v = start + lane
