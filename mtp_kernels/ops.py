@@ -24,8 +24,8 @@ ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def _check_gated_lora(x, weight, lora_a, lora_b, gate, splits, bias) -> None:
-    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x has shape {shape_of(x)} and weight {shape_of(weight)}; accepted are x (..., K) and weight (N, K)")
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1] or not x.shape[-1]:
+        raise ValueError(f"x has shape {shape_of(x)} and weight {shape_of(weight)}; accepted are x (..., K) and weight (N, K), K from 1")
     n, k = weight.shape
     check_floating("x weight lora_a lora_b bias", x, weight, lora_a, lora_b, bias)
     if bias is not None:
@@ -51,7 +51,7 @@ def _check_gated_lora(x, weight, lora_a, lora_b, gate, splits, bias) -> None:
                 f"x's leading shape {shape_of(x)[:-1]} or one integer, on {x.device}, an int, or None"
             )
     elif gate is not None:
-        rows = x.numel() // k if k else 0
+        rows = x.numel() // k
         if isinstance(gate, bool) or not isinstance(gate, int) or not 0 <= gate <= rows:
             raise ValueError(f"gate is {gate!r}; accepted is an int from 0 to the number of rows ({rows}), a tensor, or None")
 
@@ -530,8 +530,8 @@ def accept_and_commit(
     room -= what it wrote. finished becomes true with an end-of-text, or without room. lengths += a + 1 if it is not finished.
 
     drafts, predictions, counts: see `accept`, int64. lengths, room: (B,) int64, committed tokens in the cache, and how many
-    may still be written (1 or more, 0 for a finished sequence). finished: (B,) bool. eos: (E,) int64, E may be 0.
-    Returns (a, next, written), (B,) int64 each, a and next as `accept` has them. Raises ValueError for other shapes or dtypes.
+    may still be written (1 or more, 0 for a finished sequence). finished: (B,) bool. These three are contiguous. eos: (E,) int64, E may be 0.
+    Returns (a, next, written), (B,) int64 each, a and next as `accept` has them. Raises ValueError for other shapes, dtypes or strides.
     """
     compute = choose(implementation, "accept_and_commit", drafts.device)
     if drafts.ndim != 2:
@@ -543,6 +543,8 @@ def accept_and_commit(
     each = {"counts": counts, "lengths": lengths, "room": room, "finished": finished}
     for name, tensor in each.items():
         check_shape(name, tensor, (b,), "(B,)")
+        if name != "counts" and not tensor.is_contiguous():
+            raise ValueError(f"{name} has stride {tensor.stride(0)}; accepted is contiguous memory, for it is written in place")
     for name, tensor in (each | {"drafts": drafts, "predictions": predictions, "eos": eos}).items():
         dtype = torch.bool if name == "finished" else torch.int64
         if tensor.dtype != dtype or tensor.device != drafts.device:

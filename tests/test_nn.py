@@ -339,3 +339,31 @@ def test_projections_that_are_not_targets_get_no_gradient():
 def test_swiglu_takes_no_residual():
     with pytest.raises(ValueError, match="residual and swiglu were both passed"):
         GatedLoRALinear(8, (4, 4))(torch.zeros(2, 8), residual=torch.zeros(2, 8), swiglu=True)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("name", ["rms_norm", "rms_norm with residual", "swiglu", "rotary_embedding", "gated_lora_linear", "linear_cross_entropy", "attention"])
+def test_gradients_of_gradients_are_refused(name, implementation):
+    """Instead of counted as zero."""
+    pytest.importorskip("triton")
+    from mtp_kernels import AttentionRule, ops
+
+    x = torch.randn(3, 2, 2, 16).requires_grad_()
+    flat, weight, zeros = x.view(12, 16), torch.randn(16), torch.zeros(3, 2, dtype=torch.int64)
+    rule = AttentionRule(zeros + 2, zeros[:, 0] - 1, zeros[:, 0], zeros[0], 0, 2)
+    y = {
+        "rms_norm": lambda: ops.rms_norm(flat, weight, implementation=implementation),
+        "rms_norm with residual": lambda: ops.rms_norm(flat, weight, residual=torch.randn(12, 16), implementation=implementation)[0],
+        "swiglu": lambda: ops.swiglu(flat, implementation=implementation),
+        "rotary_embedding": lambda: ops.rotary_embedding(x, *torch.randn(2, 3, 2, 16), implementation=implementation),
+        "gated_lora_linear": lambda: ops.gated_lora_linear(flat, torch.randn(8, 16), torch.randn(4, 16), torch.randn(8, 4), 5, implementation=implementation),
+        "linear_cross_entropy": lambda: ops.linear_cross_entropy(flat, torch.randn(9, 16), torch.arange(12) % 9, implementation=implementation)[0],
+        "attention": lambda: ops.attention(x, torch.randn(2, 2, 2, 16), torch.randn(2, 2, 2, 16), rule, implementation=implementation),
+    }[name]()
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    if gradient.requires_grad:
+        try:
+            (second,) = torch.autograd.grad(gradient.square().sum(), x)
+        except RuntimeError:
+            return
+        assert implementation == "reference" and second.any()  # plain operations, which can be differentiated any number of times

@@ -86,6 +86,7 @@ DOUBLE, HALF = torch.float64, torch.bfloat16
 CASES = [
     ("gated_lora_linear", dict(x=zeros(3, 2, 5)), "x has shape"),
     ("gated_lora_linear", dict(x=zeros(())), "x has shape"),
+    ("gated_lora_linear", dict(x=zeros(3, 0), weight=zeros(4, 0)), "K from 1"),
     ("gated_lora_linear", dict(weight=zeros(4)), "weight"),
     ("gated_lora_linear", dict(x=zeros(3, 2, 4, dtype=DOUBLE)), "x has dtype torch.float64"),
     ("gated_lora_linear", dict(x=integers(3, 2, 4)), "x has dtype torch.int64"),

@@ -173,3 +173,15 @@ def test_commit_is_an_operator(device):
     drafts, predictions, counts = case(3, 2, torch.int64, device)
     state = [torch.zeros(3, dtype=torch.int64, device=device), torch.full((3,), 4, device=device), torch.zeros(3, dtype=torch.bool, device=device)]
     torch.library.opcheck(torch.ops.mtp_kernels.accept_and_commit.default, (drafts, predictions, counts, *state, torch.tensor([1], device=device)))
+
+
+def test_commit_and_strides(device):
+    drafts, predictions, counts = case(2, 3, torch.int64, device)
+    state = {"lengths": torch.tensor([3, 4]), "room": torch.tensor([9, 9]), "finished": torch.tensor([False, True])}
+    state = {name: x.to(device) for name, x in state.items()}
+    eos = torch.tensor([7, 1, 8, 1], device=device)[::2]  # ends of which the elements between are none
+    got = accept_and_commit(drafts, predictions, counts, **{n: x.clone() for n, x in state.items()}, eos=eos, implementation="triton")
+    assert all(map(torch.equal, got, accept_and_commit(drafts, predictions, counts, **{n: x.clone() for n, x in state.items()}, eos=eos.contiguous())))
+    for name, x in state.items():
+        with pytest.raises(ValueError, match=f"{name} has stride 2; accepted is contiguous memory"):
+            accept_and_commit(drafts, predictions, counts, **state | {name: torch.stack([x, x], 1)[:, 0]}, eos=eos)

@@ -166,6 +166,8 @@ def test_swiglu_is_the_two_operations(rows, k, features, dtype):
         got = gated_lora_swiglu(**case, gate=gate, implementation="triton")
         assert_within_budget(got, eager(double(case), on), eager(case, on))
         assert torch.equal(got[~on], base[~on])
+        trained = gated_lora_swiglu(**case | {"x": case["x"].clone().requires_grad_()}, gate=gate, implementation="triton")
+        assert torch.equal(trained[~on], base[~on])  # under gradients it is two operations
 
 
 def test_swiglu_gradients():
@@ -199,6 +201,30 @@ def test_inputs_that_are_views():
     got = gated_lora_linear(x, weight, a, b, 7, implementation="triton")
     exact = formula(x.double(), weight.double(), a.double(), b.double(), torch.arange(18, device=DEVICE).view(6, 3) >= 7, (30,), 1.0)
     assert got.shape == (6, 3, 30) and torch.allclose(got.double(), exact, atol=1e-4)
+
+
+def test_strides_of_gate_and_bias():
+    case = make(6, 32, (24,), 4, torch.float32)
+    gate, bias = torch.arange(12, device=DEVICE) % 3 == 0, randn(48)
+    for wide_gate, wide_bias in ((gate[::2], bias[::2]), (gate[:1].expand(6), bias[:1].expand(24))):
+        given, plain = ({"gate": f(wide_gate), "bias": f(wide_bias)} for f in (lambda x: x, torch.Tensor.contiguous))
+        assert torch.equal(*(gated_lora_linear(**case | each, implementation="triton") for each in (given, plain)))
+
+
+@pytest.mark.parametrize("kind", ["first", "in memory", "by row"])
+def test_gradients_of_the_adapter_read_no_off_row(kind):
+    case = make(70, 48, (33, 20), 24, torch.float32)
+    gate, on = gates(70, kind)
+    dy = randn(70, 53, seed=7)
+
+    def adapter_gradients(x, upstream):
+        a, b = (case[n].clone().requires_grad_() for n in ("lora_a", "lora_b"))
+        y = gated_lora_linear(**case | {"x": x, "lora_a": a, "lora_b": b}, gate=gate, implementation="triton")
+        return torch.autograd.grad(y, (a, b), upstream)
+
+    clean, off = adapter_gradients(case["x"], dy), ~on.unsqueeze(1)
+    poisoned = adapter_gradients(case["x"].masked_fill(off, torch.nan), dy.masked_fill(off, torch.nan))
+    assert all(map(torch.equal, poisoned, clean))
 
 
 @pytest.mark.parametrize("rank", [1, 15, 64, 65, 512])

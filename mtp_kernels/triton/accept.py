@@ -91,7 +91,7 @@ def _accept_and_commit(
     drafts: Tensor, predictions: Tensor, counts: Tensor, lengths: Tensor, room: Tensor, finished: Tensor, eos: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     written = torch.empty_like(lengths)
-    return *_launch(drafts, predictions, counts, lengths=lengths, room=room, finished=finished, eos=eos, written=written), written
+    return *_launch(drafts, predictions, counts, lengths=lengths, room=room, finished=finished, eos=eos.contiguous(), written=written), written
 
 
 def accept_and_commit(

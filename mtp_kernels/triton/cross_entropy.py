@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mtp_kernels.triton import _device
 from mtp_kernels.triton._operator import operator
@@ -149,6 +150,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss, guess
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss: Tensor, _):
         (dhidden, *again), dhead = ctx.saved_tensors, None
         dhidden = (dhidden * dloss.unsqueeze(1)).to(dhidden.dtype) if ctx.needs_input_grad[0] else None

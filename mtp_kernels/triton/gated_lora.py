@@ -30,6 +30,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mtp_kernels.triton import _device
 from mtp_kernels.triton import _gated_lora_kernels as kernels
@@ -54,7 +55,7 @@ def _gate(gate: int | Tensor | None, m: int) -> tuple[int, int, Tensor | None]:
     if not isinstance(gate, Tensor):
         return (FIRST_ROW, gate, None) if gate < m else (NO_GATE, 0, None)
     if gate.dtype == torch.bool:
-        return ROW_BY_ROW, 0, gate.reshape(-1).view(torch.uint8)
+        return ROW_BY_ROW, 0, gate.reshape(-1).contiguous().view(torch.uint8)
     return FIRST_ROW_IN_MEMORY, 0, gate
 
 
@@ -227,6 +228,7 @@ class _GatedLoRA(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         x, weight, lora_a, lora_b, gate, s = ctx.saved_tensors
         need, dy = ctx.needs_input_grad, as_rows(dy, dy.shape[1])
@@ -245,6 +247,7 @@ def _arguments(x, weight, lora_a, lora_b, gate, scale, splits, bias, residual):
     first_on = -1 if gate is None or isinstance(gate, Tensor) else gate
     gate = gate if isinstance(gate, Tensor) else None
     residual = None if residual is None else as_rows(residual, n)
+    bias = None if bias is None else bias.contiguous()
     return as_rows(x, x.shape[-1]), weight, lora_a, lora_b, gate, first_on, scale, list(splits), bias, residual
 
 

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mtp_kernels.triton import _device
 from mtp_kernels.triton._operator import operator, rows
@@ -63,6 +64,7 @@ class _LatentConsistency(torch.autograd.Function):
         return _latent_consistency(z, target, index, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss: Tensor):
         return _latent_consistency_backward(dloss, *ctx.saved_tensors), None, None, None
 

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mtp_kernels.triton import _device
 from mtp_kernels.triton._operator import needs_gradient, operator, rows
@@ -159,6 +160,7 @@ class _RMSNorm(torch.autograd.Function):
         return _rms_norm(x, weight, eps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         needs = ctx.needs_input_grad[1]
         dx, dweight = _rms_norm_backward(dy, *ctx.saved_tensors, None, ctx.eps, needs)
@@ -175,6 +177,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return y, total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor | None, dtotal: Tensor | None):
         needs = ctx.needs_input_grad[2]
         if dy is None:

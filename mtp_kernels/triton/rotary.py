@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mtp_kernels.triton import _device
 from mtp_kernels.triton._operator import needs_gradient, operator, rows
@@ -181,6 +182,7 @@ class _RotaryEmbedding(torch.autograd.Function):
         return _rotary_embedding(x, cos, sin, norm, eps, None, False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         cos, sin, norm, x = ctx.saved_tensors
         return _rotary_embedding(dy, cos, sin, norm, ctx.eps, x, True), None, None, None, None

@@ -5,13 +5,15 @@ Backward, with ds/dg = s (1 - s):
     dg = dy * u * (s + g s (1 - s)) = dy * u * s * (1 + g (1 - s))
     du = dy * g s
 
-Computed in float32 and rounded once.
+Computed in float32; y's silu(g) is rounded before the product, as by the two operations one after the other and by `gated_lora_swiglu`,
+the gradients once.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mtp_kernels.triton import _device
 from mtp_kernels.triton._operator import needs_gradient, operator, rows
@@ -25,7 +27,8 @@ def swiglu_kernel(x_ptr, y_ptr, x_stride, F, BLOCK_F: tl.constexpr):
     inside = f < F
     g = tl.load(x_ptr + m * x_stride + f, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(x_ptr + m * x_stride + F + f, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + m * F + f, (g / (1 + tl.exp(-g)) * u).to(y_ptr.dtype.element_ty), mask=inside)
+    dtype = y_ptr.dtype.element_ty
+    tl.store(y_ptr + m * F + f, ((g / (1 + tl.exp(-g))).to(dtype).to(tl.float32) * u).to(dtype), mask=inside)
 
 
 @triton.jit
@@ -80,6 +83,7 @@ class _SwiGLU(torch.autograd.Function):
         return _swiglu(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
         return _swiglu_backward(dy, *ctx.saved_tensors)
 
