@@ -6,10 +6,12 @@ On a GPU the programs of a launch run at once, in no order, and so do the thread
 - a store of several values to one element;
 - a store to what another program of the launch loads or stores;
 - a load of what its own program stored: without a barrier another thread may load first;
-- a store to what its own program loaded by another access: without a barrier another thread may not have loaded yet. (An update in
-  place, stored where it was loaded, element by element, is one thread's.)
+- a store to what its own program loaded or stored by another access: without a barrier another thread may not have done so yet. (An update in
+  place, stored where it was loaded, element by element, is one thread's, if there are as many elements as threads: of fewer, several threads
+  have a copy each.)
+- an atomic access, for there are none here.
 
-The last two do not matter in a program of one warp, which does one thing after the other. A reduction is not taken for a barrier, though it
+The rules of one program do not matter to one of one warp, which does one thing after the other. A reduction is not taken for a barrier, though it
 has one where it goes across warps. Storages above TRACKED_BYTES are held to their bounds alone.
 """
 
@@ -51,9 +53,9 @@ class _Storage:
         return ", ".join(self.names)
 
 
-def _way(pointers: np.ndarray) -> int:
+def _way(pointers: np.ndarray) -> tuple | int:
     """The same for accesses by the same pointers, element by element."""
-    return hash((pointers.shape, pointers.tobytes()))
+    return pointers.shape, hash(pointers.tobytes())
 
 
 class _Launch:
@@ -83,7 +85,7 @@ class _Launch:
         pointers, mask = np.broadcast_arrays(pointers, mask.astype(bool))
         rest = pointers[mask].astype(np.int64)
         self.accesses += 1
-        self.ways.append(_way(pointers))
+        self.ways.append(_way(pointers) if pointers.size >= 32 * self.warps else -self.accesses)
         for storage in self.storages.values():
             inside = (storage.begin <= rest) & (rest < storage.end)
             at, rest = rest[inside] - storage.begin, rest[~inside]
@@ -95,10 +97,12 @@ class _Launch:
 
     def _loaded_otherwise(self, storage: _Storage, at: np.ndarray, program: int) -> np.ndarray:
         """Which elements this program has loaded since its barrier by other pointers than this access's."""
-        newest = storage.loaded[at]
-        mine = (storage.reader[at] == program) & (newest > self.before)
-        others = [number for number in np.unique(newest[mine]) if self.ways[number] != self.ways[-1]]
-        return mine & (storage.otherwise[at] | np.isin(newest, others))
+        mine = (storage.reader[at] == program) & (storage.loaded[at] > self.before)
+        return mine & (storage.otherwise[at] | self._another_way(storage.loaded[at], mine))
+
+    def _another_way(self, accesses: np.ndarray, which: np.ndarray) -> np.ndarray:
+        """Which of the accesses, by their numbers, were by other pointers than the newest."""
+        return which & np.isin(accesses, [number for number in np.unique(accesses[which]) if self.ways[number] != self.ways[-1]])
 
     def load(self, pointers: np.ndarray, mask: np.ndarray) -> None:
         program = self._program()
@@ -120,6 +124,8 @@ class _Launch:
             self._refuse("store to what another program loads", storage, (reader != NONE) & (reader != program))
             if self.warps > 1:
                 self._refuse("store to what this program loaded otherwise, without a barrier", storage, self._loaded_otherwise(storage, at, program))
+                mine = (writer == program) & (storage.stored[at] > self.before)
+                self._refuse("store to what this program stored otherwise, without a barrier", storage, self._another_way(storage.stored[at], mine))
                 storage.stored[at] = self.accesses
             storage.writer[at] = program
 
@@ -148,6 +154,10 @@ def _barrier(method):
     return patched
 
 
+def _atomic(self, *_):
+    raise AccessError("an atomic access; accepted are loads and stores")
+
+
 def _called(method):
     def patched(self, *args, **kwargs):
         global _launch
@@ -169,6 +179,7 @@ def apply() -> None:
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     InterpreterBuilder.create_masked_load = _watched(load, lambda launch, pointers, mask, *_: launch.load(pointers.data, mask.data))
     InterpreterBuilder.create_masked_store = _watched(store, lambda launch, pointers, _, mask, *__: launch.store(pointers.data, mask.data))
+    InterpreterBuilder.create_atomic_rmw = InterpreterBuilder.create_atomic_cas = _atomic
     InterpreterBuilder.create_barrier = _barrier(InterpreterBuilder.create_barrier)
     GridExecutor.__call__ = _called(GridExecutor.__call__)
     InterpreterBuilder.memory_is_checked = True
