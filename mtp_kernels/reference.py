@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtp_kernels._block_attention import BlockAttention
 from mtp_kernels._gradients import AdaptedLinear, RMSNorm, SwiGLU, matmul, reciprocal_rms
 from mtp_kernels._sampling import gumbel, least_kept
 from mtp_kernels.types import AttentionRule, SamplerWeights, Sampling
@@ -235,30 +236,14 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale
 
 def _block_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale: float, ntp_key_gradients: bool) -> Tensor:
     """Mask rows alone, in whole blocks, behind equally many NTP keys: scores against those and the own block's k keys."""
-    t, b, h, d = q.shape
-    size, kv_heads = rule.block_size, k.shape[1]
-    blocks, groups = t // size, h // k.shape[1]
-    start = int(rule.mask_start[0])
-    key = ("blocks", groups, kv_heads)
+    (t, b, _, _), size = q.shape, rule.block_size
+    start, groups = int(rule.mask_start[0]), q.shape[2] // k.shape[1]
+    key = "blocks", groups
     if key not in rule._cache:
-        past = allowed_keys(replace(rule, num_masks=0), start)  # (B, T, start)
-        past = past.view(b, blocks, 1, size, start).expand(-1, -1, groups, -1, -1).reshape(b, blocks * groups * size, start)
-        own = torch.ones(size, size, dtype=torch.bool, device=q.device).tril().repeat(groups, 1)
-        rule._cache[key] = _additive(past).repeat_interleave(kv_heads, dim=0), _additive(own)
-    past_bias, own_bias = rule._cache[key]
-    packed = q.view(blocks, size, b, kv_heads, groups, d).permute(2, 3, 0, 4, 1, 5)  # (B, H_kv, blocks, groups, k, D)
-    rows = packed.reshape(b * kv_heads, blocks * groups * size, d)
-    past_keys, past_values = (
-        (x if ntp_key_gradients else x.detach())[:, :, :start].reshape(b * kv_heads, start, d) for x in (k, v)
-    )
-    own_keys, own_values = (x[:, :, start : start + t].reshape(b * kv_heads * blocks, size, d) for x in (k, v))
-    past_scores = torch.baddbmm(past_bias, rows, past_keys.transpose(1, 2), alpha=scale)
-    own_scores = torch.baddbmm(own_bias, rows.reshape(-1, groups * size, d), own_keys.transpose(1, 2), alpha=scale)
-    scores = torch.cat([past_scores, own_scores.view(b * kv_heads, -1, size)], dim=-1)
-    past_p, own_p = scores.softmax(-1).split([start, size], dim=-1)
-    out = torch.bmm(past_p, past_values)
-    out = out + torch.bmm(own_p.reshape(-1, groups * size, size), own_values).view_as(out)
-    return out.view(b, kv_heads, blocks, groups, size, d).permute(2, 4, 0, 1, 3, 5).reshape(t, b, h, d)
+        past = _additive(allowed_keys(replace(rule, num_masks=0), start)).view(b, 1, t // size, 1, size, start)
+        own = _additive(torch.ones(size, size, dtype=torch.bool, device=q.device).tril()).repeat(groups, 1)
+        rule._cache[key] = past, own
+    return BlockAttention.apply(q, k, v, *rule._cache[key], size, scale, ntp_key_gradients)
 
 
 def _sampler_tail(first: Tensor, w: SamplerWeights) -> Tensor:

@@ -27,9 +27,10 @@ def imports(path):
 def test_reference_stands_alone():
     modules = {module for module, _ in imports(ROOT / "mtp_kernels" / "reference.py")}
     assert {m for m in modules if m.split(".")[0] not in {"torch", *sys.stdlib_module_names}} == {
-        "mtp_kernels.types", "mtp_kernels._gradients", "mtp_kernels._sampling",
+        "mtp_kernels.types", "mtp_kernels._block_attention", "mtp_kernels._gradients", "mtp_kernels._sampling",
     }  # fmt: skip
-    assert {m.split(".")[0] for m, _ in imports(ROOT / "mtp_kernels" / "_gradients.py")} == {"torch"}
+    for name in ("_block_attention.py", "_gradients.py"):
+        assert {m.split(".")[0] for m, _ in imports(ROOT / "mtp_kernels" / name)} <= {"dataclasses", "torch"}
     assert {m for m, _ in imports(ROOT / "mtp_kernels" / "_sampling.py")} == {"torch", "mtp_kernels.types"}
 
 

@@ -218,6 +218,19 @@ def test_mask_rows_alone(heads, kv_heads, starts, blocks, k):
         torch.testing.assert_close(dense.double(), exact, rtol=1e-4, atol=1e-5)
 
 
+def test_mask_rows_alone_keep_no_scores():
+    rule = random_rule(0, 5, 2, [60, 60], block_size=2)
+    kept = []
+
+    def keep(x):
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        attention(*(x.requires_grad_() for x in qkv(10, 2, 8, 2, 4, rule.num_keys)), rule)
+    assert max(kept) < 2 * 8 * 10 * 60  # of every head; the rule's own bias is one head's, for all layers
+
+
 def test_first_keeps_packed_documents_apart():
     """The example of AttentionRule's docstring."""
     table = AttentionRule.__doc__.split("row    first")[1].splitlines()[1:8]
