@@ -323,8 +323,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="which prompt the sample shows")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers' rows out")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="for decode.json and decode.png (default: results)")
-    parser.add_argument("--check", action="store_true", help="only compare outputs, every mode and k, batch 1 and 4")
-    parser.add_argument("--ablation", action="store_true", help="only tokens per step with and without sampler and LCM")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--check", action="store_true", help="only compare outputs, every mode and k, batch 1 and 4")
+    only.add_argument("--ablation", action="store_true", help="only tokens per step with and without sampler and LCM")
     return parser
 
 
@@ -392,6 +393,6 @@ def main(argv=None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -129,10 +129,13 @@ def main(argv=None) -> int:
     if not all(1 <= rank <= 512 for rank in args.rank):
         raise ValueError(f"--rank is {args.rank}; accepted are 1 to 512")
     gpu, dtype, began = torch.cuda.is_available(), DTYPES[args.dtype], time.monotonic()
-    cases = select(args)
+    cases, where = select(args), environment(torch.device("cuda" if gpu else "cpu"))
+    out = args.out or (Path(__file__).parent / "results" / re.sub(r"\W+", "-", where["device"].lower()).strip("-") if gpu else None)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)  # before anything is measured
     settings = {name: value if isinstance(value, (int, float, list, type(None))) else str(value) for name, value in vars(args).items()}
     values = dict(
-        environment=environment(torch.device("cuda" if gpu else "cpu")) | (dict(driver=driver()) if gpu else {}), settings=settings,
+        environment=where | (dict(driver=driver()) if gpu else {}), settings=settings,
         measured=gpu, notes=[], roofs=None, rows=[], counts=[count_row(c, dtype.itemsize) for c in cases], plans=plan_rows(cases, dtype.itemsize),
     )  # fmt: skip
     if not values["plans"] and any(c.plans for c in cases):
@@ -154,7 +157,6 @@ def main(argv=None) -> int:
         values["rows"] = list(check_toys(toy_cases(args.operation), dtype, ours))
     values["seconds"] = round(time.monotonic() - began, 1)
     print(render.markdown(values, short=gpu))
-    out = args.out or (Path(__file__).parent / "results" / re.sub(r"\W+", "-", values["environment"]["device"].lower()).strip("-") if gpu else None)
     if out:
         write_json(out / "kernels.json", values)
         print("written: " + ", ".join(map(str, [out / "kernels.json", *render.write(values, out)])))
@@ -164,6 +166,6 @@ def main(argv=None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -272,6 +272,7 @@ def main(argv=None) -> int:
     if args.json not in (None, "-"):
         name = re.sub(r"\W+", "-", where["device"].lower()).strip("-") if gpu else "cpu"
         path = Path(args.json) if args.json else Path(__file__).parent / "results" / name / "train.json"
+        path.parent.mkdir(parents=True, exist_ok=True)  # before anything is measured
     if args.fit:
         shapes = {case.shape: case for case in cases(args)}  # the length is what is sought
         records = []
@@ -305,6 +306,6 @@ def main(argv=None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

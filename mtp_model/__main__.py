@@ -12,6 +12,7 @@ from mtp_model.arguments import (
     load_asked_model,
     load_tokenizer,
     lookup_options,
+    refuse_masks,
     sampling_options,
 )
 from mtp_model.checkpoint import Adapter, load_adapter
@@ -76,8 +77,9 @@ def run_choose(args) -> int:
 
 def run_generate(args) -> int:
     options = sampling_options(args) | lookup_options(args)
+    refuse_masks(args.mode, args.k)
     model = load_asked_model(args)
-    if args.mode != "autoregressive":
+    if args.adapter or args.mode != "autoregressive":
         asked_adapter(args).apply(model)
     tokenizer = load_tokenizer(args.model)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt

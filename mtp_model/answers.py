@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mtp_model.arguments import add_lookup_arguments, add_sampling_arguments, lookup_options, sampling_options
+from mtp_model.arguments import add_lookup_arguments, add_sampling_arguments, lookup_options, refuse_masks, sampling_options
 from mtp_model.decode import SEEDS, generate, sampling_of
 from mtp_model.layout import MODES
 from mtp_model.lookup import lookup_of
@@ -65,8 +65,11 @@ def write_answers(model: MTPModel, prompts: list[list[int]], out: str | Path, op
     """Write a line {"prompt_ids", "response_ids", "by"} for each prompt to `out`, in order; yields how many lines stand after each batch.
 
     by: the model's fingerprint and the options that decide the answer. A file that holds some lines already is continued; what an
-    interruption cut off is written again. Raises ValueError, and changes nothing, if its lines are not this model's answers to these prompts.
+    interruption cut off is written again. Raises ValueError, and changes nothing, if its lines are not this model's answers to these prompts,
+    and for a model with an ungated adapter, which writes another text.
     """
+    if model.mtp is not None and not model.mtp.gated:
+        raise ValueError("the adapter is not gated, so the text would not be the frozen model's own; accepted is a gated adapter, or none")
     out, by = Path(out), [model.fingerprint, *options.text]
     done = _answered(out, prompts, by) if out.exists() else 0
     yield done
@@ -127,6 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args, model: MTPModel, tokenizer) -> int:
     mode = args.mode or ("linear" if args.adapter else "autoregressive")
+    refuse_masks(mode, args.k)
     options = AnswerOptions(args.batch, mode, args.k, args.max_new_tokens, seed=args.seed, **sampling_options(args), **lookup_options(args))
     prompts = read_prompts(args.data, tokenizer, vocab_size=model.config.vocab_size, text_tokens=args.prompt_tokens, limit=args.limit)
     with tqdm(total=len(prompts), desc="answers", unit="prompt") as bar:

@@ -8,6 +8,7 @@ import torch
 from mtp_model.checkpoint import load_model
 from mtp_model.decode import sampling_of
 from mtp_model.demo import BASE
+from mtp_model.layout import MODES
 from mtp_model.lookup import lookup_of
 from mtp_model.model import MTPModel
 
@@ -20,7 +21,9 @@ def device_name(text: str) -> str:
     try:
         kind = torch.device(text).type
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device; accepted are cpu, cuda, cuda:1 and their like") from None
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device for this; accepted are cpu, cuda, cuda:1 and their like")
     if kind == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(f"{text!r} is asked for and torch {torch.__version__} finds no GPU; accepted here is cpu")
     return text
@@ -43,10 +46,20 @@ def default_dtype(device: str) -> str:
 
 
 def load_tokenizer(directory: Path):
-    """transformers' tokenizer of a Hugging Face directory."""
+    """transformers' tokenizer of a Hugging Face directory. Raises ValueError naming the directory."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory)
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # of many kinds, and few name a file
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise ValueError(f"{directory} has no tokenizer that transformers can load ({why}); accepted is a directory with a tokenizer.json") from None
+
+
+def refuse_masks(mode: str, k: int | None) -> None:
+    """Raises ValueError for a number of masks in a mode without them."""
+    if mode == MODES[0] and k is not None:
+        raise ValueError(f"--k is {k} and mode {mode!r} has no masks; accepted is another --mode, or no --k")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

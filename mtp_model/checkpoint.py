@@ -50,7 +50,7 @@ class _Tensors:
         index = directory / "model.safetensors.index.json"
         if index.exists():
             names = _read_json(index).get("weight_map")
-            if not isinstance(names, dict):
+            if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
                 raise ValueError(f"{index} has no weight_map from tensor names to files")
             self.files = {name: directory / file for name, file in names.items()}
         elif (directory / "model.safetensors").exists():
@@ -226,6 +226,17 @@ def import_adapter(model: MTPModel, tensors: dict[str, Tensor]) -> None:
             first += size
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that appears whole or not at all. Raises OSError naming it if it cannot be written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error}") from None
+
+
 def save_adapter(model: MTPModel, directory: str | Path, notes: dict | None = None, parameters: dict[str, Tensor] | None = None) -> None:
     """Write the model's adapter to `directory`; parameters: see `export_adapter`. Each file appears whole or not at all."""
     if model.mtp is None:
@@ -233,9 +244,7 @@ def save_adapter(model: MTPModel, directory: str | Path, notes: dict | None = No
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = {"format": FORMAT, "adapter": asdict(model.mtp), "base": describe_base(model), "notes": notes or {}}
-    temporary = directory / (ADAPTER_WEIGHTS + ".tmp")
-    save_file(export_adapter(model, parameters), temporary)
-    os.replace(temporary, directory / ADAPTER_WEIGHTS)
+    write_tensors(directory / ADAPTER_WEIGHTS, export_adapter(model, parameters))
     temporary = directory / (ADAPTER_CONFIG + ".tmp")
     temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, directory / ADAPTER_CONFIG)

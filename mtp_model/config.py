@@ -53,7 +53,7 @@ class ModelConfig:
         A sliding window of some layer becomes max_position_embeddings, where it is shorter: up to there it hides nothing.
         """
         kind = config.get("model_type")
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             raise ValueError(f"model_type is {kind!r}; accepted are {', '.join(FAMILIES)} (Llama 2, 3.x, Tulu, Mistral, Qwen 2, 2.5, 3)")
         default, fixed = FAMILIES[kind]
         config = default | config | fixed
@@ -66,6 +66,14 @@ class ModelConfig:
         missing = [key for key in needed if key not in config]
         if missing:
             raise ValueError(f"config lacks {', '.join(missing)}")
+        for key in (*needed, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"):
+            value = config.get(key)
+            if (type(value) is not int or value < 1) and (value is not None or key in needed):
+                raise ValueError(f"{key} is {value!r}; accepted is an integer from 1")
+        eos = config.get("eos_token_id")
+        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        if not all(type(token) is int for token in eos):
+            raise ValueError(f"eos_token_id is {config['eos_token_id']!r}; accepted are a token's id, a list of them, or null")
         heads = config["num_attention_heads"]
         kv_heads = config.get("num_key_value_heads") or heads
         if heads % kv_heads:
@@ -79,7 +87,6 @@ class ModelConfig:
         behind = config["num_hidden_layers"] - config.get("max_window_layers", 0)  # layers, the last ones, that have the window
         slides = config.get("use_sliding_window") and "sliding_attention" in (config.get("layer_types") or behind * ["sliding_attention"])
         window = config.get("sliding_window") if slides else None
-        eos = config.get("eos_token_id")
         return cls(
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
@@ -97,7 +104,7 @@ class ModelConfig:
             output_bias=bool(fixed.get("output_bias", config.get("attention_bias", False))),
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=fixed.get("qk_norm", False),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            eos_token_ids=tuple(eos),
         )
 
 

@@ -16,6 +16,7 @@ activation checkpointing, which runs a layer again with the same arguments, perh
 context was left, finds the same gate.
 """
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -134,11 +135,11 @@ def add_gated_lora(
     if getattr(base, "_gated_lora", None) is not None:
         raise ValueError("the model has a gated LoRA already; remove_gated_lora(model) takes it out")
     targets = [targets] if isinstance(targets, str) else list(targets)
-    if not targets or not set(targets) <= PROJECTIONS.keys():
+    if not targets or not all(isinstance(target, str) and target in PROJECTIONS for target in targets):
         raise ValueError(f"targets are {targets}; accepted are one or more of {', '.join(PROJECTIONS)}")
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= 512:
         raise ValueError(f"rank is {rank!r}; accepted are 1 to 512")
-    if alpha is not None and not (isinstance(alpha, (int, float)) and alpha > 0):
+    if alpha is not None and not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
         raise ValueError(f"alpha is {alpha!r}; accepted is a positive number, or None for the rank")
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype is {dtype}; accepted are {', '.join(map(str, DTYPES))}, or None for each weight's")
@@ -147,12 +148,15 @@ def add_gated_lora(
     if len(set(linears.values())) < len(linears):
         raise ValueError("layers share a projection; accepted is one of its own for each")
 
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r}; accepted is an integer from 0 to 2^63 - 1")
+
+    generator = torch.Generator().manual_seed(seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
     others = [m for m in model.modules() if type(m) is nn.Linear and m.bias is None and m not in linears.values()]
     handles = [m.register_forward_pre_hook(_contiguous) for m in others if freeze and m.weight.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
     for linear in linears.values():
         linear.__class__ = GatedLinear
         linear.splits = (linear.out_features,)

@@ -58,8 +58,8 @@ def _chat(record: dict, tokenizer):
 
 
 def _ids(record: dict, name: str) -> list[int]:
-    if not isinstance(record[name], list) or not all(type(t) is int for t in record[name]):
-        raise ValueError(f"{name} is not a list of integers")
+    if not isinstance(record[name], list) or not all(type(t) is int and abs(t) < 2**63 for t in record[name]):
+        raise ValueError(f"{name} is not a list of token ids, integers")
     return record[name]
 
 

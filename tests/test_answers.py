@@ -103,6 +103,14 @@ def test_options_out_of_range():
         AnswerOptions(lookup_match=3)
 
 
+def test_an_ungated_adapter_is_refused(shared, toy_adapter_model, tmp_path):
+    """Its text is not the frozen model's."""
+    model = toy_adapter_model(k=2, adapter={"gated": False})
+    with pytest.raises(ValueError, match="the adapter is not gated"):
+        next(write_answers(model, PROMPTS, tmp_path / "a.jsonl", AnswerOptions(max_new_tokens=6)))
+    assert not (tmp_path / "a.jsonl").exists()
+
+
 def test_answers_are_training_data(shared, tmp_path, tokenizer):
     list(write_answers(shared.model, PROMPTS, tmp_path / "a.jsonl", AnswerOptions(max_new_tokens=6)))
     examples = read_examples([tmp_path / "a.jsonl"], tokenizer, max_length=50, vocab_size=6)

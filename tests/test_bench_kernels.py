@@ -360,3 +360,10 @@ def test_one_case_that_fails_leaves_the_others(monkeypatch):
     assert [r["status"] for r in rows] == ["out of memory"] * 2 + ["ok"] * 2
     late = measure.measure_all(cases, torch.bfloat16, DATASHEETS[0], False, 0.1, minutes=-1)
     assert {r["status"] for r in late} == {"not run: out of time"}
+
+
+def test_a_place_that_cannot_be_written_is_known_before_anything_is_measured(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(kernels, "check_toys", None)
+    with pytest.raises(OSError, match="file"):
+        kernels.main(["--out", str(tmp_path / "file")])

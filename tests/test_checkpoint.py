@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mtp_model import ModelConfig, MTPConfig, MTPModel, checkpoint, load_adapter, load_model, save_adapter
@@ -82,7 +83,7 @@ def test_an_interrupted_save_leaves_the_file_before(toy_adapter_model, tmp_path,
     save_adapter(model, tmp_path / "adapter")
     before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
 
-    def interrupted(tensors, path):
+    def interrupted(tensors, path, **_):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
@@ -90,6 +91,16 @@ def test_an_interrupted_save_leaves_the_file_before(toy_adapter_model, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         save_adapter(model, tmp_path / "adapter")
     assert {name: (tmp_path / "adapter" / name).read_bytes() for name in before} == before
+
+    def full(tensors, path, **_):
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="adapter_model.safetensors cannot be written: No space left"):
+        save_adapter(model, tmp_path / "adapter")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir() if path.name in before} == before
+    assert not (tmp_path / "adapter" / "adapter_model.safetensors.tmp").exists()
 
 
 def test_nothing_to_save(toy_model, tmp_path):
@@ -209,6 +220,13 @@ F8 = "model.layers.0.mlp.down_proj.weight"
         (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "linear"}), "lacks factor"),
         (lambda d: edit_json(d / "config.json", intermediate_size=40), "gate_proj.weight .* has shape"),
         (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'), "has no weight_map"),
+        (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}'), "has no weight_map"),
+        (lambda d: edit_json(d / "config.json", model_type=["llama"]), r"model_type is \['llama'\]"),
+        (lambda d: edit_json(d / "config.json", hidden_size="32"), "hidden_size is '32'; accepted is an integer from 1"),
+        (lambda d: edit_json(d / "config.json", num_hidden_layers=0), "num_hidden_layers is 0; accepted is an integer from 1"),
+        (lambda d: edit_json(d / "config.json", max_position_embeddings="a"), "max_position_embeddings is 'a'"),
+        (lambda d: edit_json(d / "config.json", eos_token_id="x"), "eos_token_id is 'x'"),
+        (lambda d: edit_json(d / "config.json", eos_token_id=[1, None]), "eos_token_id is "),
         (lambda d: edit_json(d / "config.json", vocab_size=7), "embed_tokens.weight .* has shape"),
         (lambda d: edit_json(d / "config.json", num_hidden_layers=3), "lacks the tensor model.layers.2"),
         (lambda d: edit_json(d / "config.json", attention_bias=True), "lacks the tensor .*q_proj.bias"),

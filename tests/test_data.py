@@ -121,10 +121,10 @@ GOOD = {"text": "a b c"}
         ({"prompt_ids": [5], "response_ids": [6, 10]}, "vocabulary has 10"),
         ({"prompt_ids": [5, -1], "response_ids": [6, 7]}, "token ids are -1 to 7; .*vocabulary has 10"),
         ({"prompt_ids": [5], "response_ids": [2**40]}, ""),
-        ({"prompt_ids": 5, "response_ids": [6]}, "prompt_ids is not a list of integers"),
-        ({"prompt_ids": ["5"], "response_ids": [6]}, "prompt_ids is not a list of integers"),
-        ({"prompt_ids": [5], "response_ids": [6, 7.5]}, "response_ids is not a list of integers"),
-        ({"prompt_ids": [True], "response_ids": [6]}, "prompt_ids is not a list of integers"),
+        ({"prompt_ids": 5, "response_ids": [6]}, "prompt_ids is not a list of token ids"),
+        ({"prompt_ids": ["5"], "response_ids": [6]}, "prompt_ids is not a list of token ids"),
+        ({"prompt_ids": [5], "response_ids": [6, 7.5]}, "response_ids is not a list of token ids"),
+        ({"prompt_ids": [True], "response_ids": [6]}, "prompt_ids is not a list of token ids"),
         ({"messages": "hello"}, "must be a list"),
         ({"messages": [{"role": "user"}]}, "must be a list"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn"),
@@ -228,7 +228,7 @@ def test_prompts(record, text, tokenizer):
 
 @pytest.mark.parametrize(
     "record, word",
-    [({"prompt": 3}, "found a int"), ({"prompt_ids": ["5"]}, "not a list of integers"), ({"response": "a"}, "found keys"),
+    [({"prompt": 3}, "found a int"), ({"prompt_ids": ["5"]}, "not a list of token ids"), ({"response": "a"}, "found keys"),
      ({"messages": [{}]}, "must be a list"), ({"text": "\ud800"}, "TextEncodeInput")],
 )  # fmt: skip
 def test_prompts_that_are_none(record, word, tokenizer):

@@ -277,8 +277,9 @@ def test_models_that_are_refused():
     refused = [
         (quantise, {}, "layers.1.mlp.up_proj is a test_hf.Linear4bit"), (offload, {}, "layers.0.self_attn.k_proj has a forward of its own"),
         (None, dict(rank=0), "rank is 0"), (None, dict(rank=True), "rank is True"), (None, dict(rank=513), "1 to 512"),
+        (None, dict(alpha=float("inf")), "alpha is inf"), (None, dict(seed="a"), "seed is 'a'"),
         (None, dict(alpha=0), "alpha is 0"), (None, dict(targets=("q_proj", "lm_head")), "lm_head.*down_proj"),
-        (None, dict(targets=()), "targets are"), (None, dict(dtype=torch.int8), "dtype is torch.int8"),
+        (None, dict(targets=[["q_proj"]]), "targets are"), (None, dict(targets=()), "targets are"), (None, dict(dtype=torch.int8), "dtype is torch.int8"),
     ]  # fmt: skip
     for change, options, match in refused:
         model = plain()

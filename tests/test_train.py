@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -19,10 +20,11 @@ import pytest
 import torch
 from conftest import batch_indices, save_hf
 from resumed_training import go_on
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from mtp_model import MTPConfig, TrainConfig, Trainer, generate, load_adapter, load_model
+from mtp_model import MTPConfig, TrainConfig, Trainer, checkpoint, generate, load_adapter, load_model
 from mtp_model.__main__ import main
 from mtp_model.cache import KVCache
 from mtp_model.data import Example, collate, read_examples
@@ -383,6 +385,33 @@ def test_a_gradient_that_is_no_number_ends_the_run(model, tmp_path):
         run.run()
 
 
+def test_a_full_disk_ends_the_run_and_says_what_is_kept(model, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    def run(directory):
+        monkeypatch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(TrainingFailed) as failed:
+            Trainer(model, examples(), MTP, settings(), directory, resume=True).run()
+        monkeypatch.undo()
+        assert "checkpoint.safetensors cannot be written: No space left on device" in str(failed.value)
+        return str(failed.value)
+
+    assert "there is no checkpoint in" in run(tmp_path / "new")
+    trainer = Trainer(model, examples(), MTP, settings(), tmp_path / "old")
+    trainer.train_step()
+    trainer.save()
+    assert f"--resume continues from the last checkpoint in {tmp_path / 'old'}" in run(tmp_path / "old")
+
+
+def test_shares_of_passes_without_the_later_masks(model, tmp_path):
+    """A mask's share of right guesses is of the passes that had it."""
+    trainer = Trainer(model, examples(), MTP, settings(accumulate=4, drop_masks=0.5), tmp_path)
+    records = [trainer.train_step() for _ in range(4)]
+    assert any(trainer._pass(number)[1]["masks"] == 1 for number in range(16))
+    assert all(math.isfinite(share) for record in records for share in record["right_base"] + record["right_sampler"])
+
+
 def test_signals_are_the_callers_again(model, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert Trainer(model, examples(), MTP, settings(steps=1), tmp_path).run()
@@ -447,7 +476,7 @@ def test_learning_rate_is_used(model, tmp_path):
     "name, value",
     [("steps", 0), ("batch_size", 0), ("accumulate", 0), ("save_every", 0), ("log_every", 0),
      ("anchors_per_sequence", 0), ("lr", 0.0), ("lr", float("nan")), ("clip", 0.0), ("mask_decay", 0.0),
-     ("mask_decay", 1.5), ("warmup", -1), ("soft_targets", 1.1), ("drop_masks", -0.1), ("pack_length", 2),
+     ("lr", float("inf")), ("lcm_weight", float("inf")), ("seed", 2**40), ("mask_decay", 1.5), ("warmup", -1), ("soft_targets", 1.1), ("drop_masks", -0.1), ("pack_length", 2),
      ("steps", 1.5), ("seed", 1.0), ("anchors_per_sequence", 2.0), ("decay", -0.1), ("decay", 1.1), ("weight_decay", -1.0), ("lcm_weight", -1.0)],
 )  # fmt: skip
 def test_settings_are_checked(name, value):
@@ -550,6 +579,28 @@ def test_generate_command(command_line, capsys):
     assert captured.out == texts[0] and not captured.err.startswith("1.00 tokens per step")
     assert main(["generate", *options, "--lookup-match", "1", "a b c"]) == 2 and "lookup_match is 1 and lookup None" in capsys.readouterr().err
     assert main(["generate", *options, "--chat", "a b c"]) == 2 and "no chat template" in capsys.readouterr().err
+    assert main(["generate", *options, "--mode", "autoregressive", "--k", "2", "a b c"]) == 2 and "--k is 2 and mode" in capsys.readouterr().err
+    options[options.index("--adapter") + 1] = str(place / "none")
+    assert main(["generate", *options, "--mode", "autoregressive", "a b c"]) == 2 and "none is not a directory" in capsys.readouterr().err
+    for device in ("meta", "mps", "nonsense"):
+        with pytest.raises(SystemExit):
+            main(["generate", "--device", device, "a b c"])
+        assert "accepted are cpu, cuda" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_cannot_be_read(command_line, tmp_path, capsys):
+    shutil.copytree(command_line[0] / "model", tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    for content in ("{", "{}", None):
+        file.unlink() if content is None else file.write_text(content)
+        assert main(["generate", "--model", str(tmp_path / "model"), "--mode", "autoregressive", "--device", "cpu", "a b c"]) == 2
+        assert f"{tmp_path / 'model'} has no tokenizer that transformers can load" in capsys.readouterr().err
+
+
+def test_settings_of_an_evaluation_without_data(tmp_path, capsys):
+    for name in ("every", "prompts", "new-tokens"):
+        assert main(["train", "--data", "none.jsonl", "--out", str(tmp_path / "out"), f"--eval-{name}", "3"]) == 2
+        assert f"--eval-{name} without --eval-data" in capsys.readouterr().err
 
 
 def test_generate_draws(command_line, capsys):

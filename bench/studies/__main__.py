@@ -70,11 +70,12 @@ def run(name: str, args: argparse.Namespace) -> bool:
     study = Study(name, args)
     device = study.model.device
     where = environment(device)
+    out = args.out or (args.work / "quick" if args.quick else results_directory(device, where["device"]))
+    out.mkdir(parents=True, exist_ok=True)  # before anything is measured
     dtype = args.dtype or default_dtype(args.device)
     print(f"{name}: {where['device']}, {dtype}, {where['cpu_threads']} CPU threads, torch {where['versions']['torch']}\n")
     result = STUDIES[name].run(study)
     print("\n" + "\n\n".join([result.text, *result.notes]))
-    out = args.out or (args.work / "quick" if args.quick else results_directory(device, where["device"]))
     settings = {key: shown(value) for key, value in vars(args).items() if key not in ("out", "work", "implementation")}
     settings |= {"dtype": dtype, "implementation": args.implementation or "default"}
     settings |= {"base_parameters": study.base_parameters, "base_fingerprint": study.model.fingerprint}
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     rest = argv[argv.index(name) + 1 :]
     try:
         good = [run(study, settle(study, own[study], rest)) for study in (STUDIES if name == "all" else [name])]
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -49,6 +49,8 @@ HELPS = {
     "log_every": "steps between log lines",
 }
 
+EVALUATION = {"eval_every": 500, "eval_prompts": 32, "eval_new_tokens": 100}  # what they are with --eval-data alone
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
@@ -67,9 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adapter.add_argument("--ungated", action="store_true", help="ordinary LoRA, which changes the model itself; for comparison")
     held_out = parser.add_argument_group("held-out evaluation, by real decoding")
     held_out.add_argument("--eval-data", type=Path, nargs="+", metavar="FILE", help="prompts, in the same forms as data; their answers are not used")
-    held_out.add_argument("--eval-every", type=int, default=500, metavar="N", help="steps between evaluations (default 500)")
-    held_out.add_argument("--eval-prompts", type=int, default=32, metavar="N", help="how many of the prompts (default 32)")
-    held_out.add_argument("--eval-new-tokens", type=int, default=100, metavar="N", help="tokens written for each (default 100)")
+    held_out.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations (default 500)")
+    held_out.add_argument("--eval-prompts", type=int, metavar="N", help="how many of the prompts (default 32)")
+    held_out.add_argument("--eval-new-tokens", type=int, metavar="N", help="tokens written for each (default 100)")
     parser.add_argument("--shard", action="store_true", help="under torchrun: leave each process a part of the model (FSDP2) instead of all of it")
     recipe = parser.add_argument_group("the recipe")
     for field in dataclasses.fields(TrainConfig):
@@ -85,6 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = TrainConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainConfig)})
     mtp = MTPConfig(args.masks, args.rank, args.alpha, not args.no_sampler, tuple(args.target_modules), not args.ungated)
+    given = [f"--{name.replace('_', '-')}" for name in EVALUATION if getattr(args, name) is not None]
+    if given and not args.eval_data:
+        raise ValueError(f"{' and '.join(given)} without --eval-data; accepted is --eval-data with it")
     world, args.device = World.start(args.device)
     try:
         return _run(args, config, mtp, world)
@@ -114,8 +119,9 @@ def _run(args: argparse.Namespace, config: TrainConfig, mtp: MTPConfig, world: W
 
     evaluation = None
     if args.eval_data:
-        prompts = read_prompts(args.eval_data, tokenizer, vocab_size=model.config.vocab_size, limit=args.eval_prompts)
-        evaluation = Evaluation(tuple(map(tuple, prompts)), args.eval_every, max_new_tokens=args.eval_new_tokens)
+        every, limit, new_tokens = (value if getattr(args, name) is None else getattr(args, name) for name, value in EVALUATION.items())
+        prompts = read_prompts(args.eval_data, tokenizer, vocab_size=model.config.vocab_size, limit=limit)
+        evaluation = Evaluation(tuple(map(tuple, prompts)), every, max_new_tokens=new_tokens)
     examples = world.one_by_one(read) if args.store else read()
     notes = {"data": [path.name for path in args.data], "max_length": max_length, "dtype": dtype}
     trainer = Trainer(model, examples, mtp, config, args.out, resume=args.resume, notes=notes, evaluation=evaluation, world=world, shard=shard)

@@ -1,7 +1,11 @@
 """The settings of a training run: the paper's recipe, and what can be done better, each one field."""
 
 import math
+import sys
 from dataclasses import dataclass
+
+LARGEST = sys.float_info.max
+SEEDS = 2**40  # a pass's generator has a seed made of the run's and its own number
 
 
 @dataclass(frozen=True)
@@ -56,19 +60,19 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted is 1 or more")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; accepted is 0 or more")
+        if not 0 <= self.seed < SEEDS:
+            raise ValueError(f"seed is {self.seed}; accepted are 0 to {SEEDS - 1}")
         for name, least in (("anchors_per_sequence", 1), ("pack_length", 3)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted is {least} or more, or None")
-        for name, high in (("lr", math.inf), ("clip", math.inf), ("mask_decay", 1)):
+        for name, high in (("lr", LARGEST), ("clip", math.inf), ("mask_decay", 1)):
             if not 0 < getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted is above 0" + (f", at most {high}" if high < math.inf else ""))
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted is above 0, at most {high}")
         for name, high in (
-            ("warmup", math.inf), ("decay", 1), ("weight_decay", math.inf), ("lcm_weight", math.inf), ("soft_targets", 1), ("drop_masks", 1),
+            ("warmup", LARGEST), ("decay", 1), ("weight_decay", LARGEST), ("lcm_weight", LARGEST), ("soft_targets", 1), ("drop_masks", 1),
         ):  # fmt: skip
             if not 0 <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted is 0 or more" + (", at most 1" if high == 1 else ""))
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted are 0 to {high}")
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step number `step` (from 0)."""

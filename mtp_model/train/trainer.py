@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from mtp_model.batches import Batches
-from mtp_model.checkpoint import ADAPTER_CONFIG, save_adapter
+from mtp_model.checkpoint import ADAPTER_CONFIG, save_adapter, write_tensors
 from mtp_model.config import MTPConfig
 from mtp_model.data import Batch, Example, Examples, collate, has_anchor
 from mtp_model.loss import choose_anchors, mtp_loss, report
@@ -134,6 +133,13 @@ class Trainer:
                     moment: self.world.like(file.get_tensor(f"{moment}/{name}"), parameter) for moment in MOMENTS
                 }
 
+    @property
+    def _kept(self) -> str:
+        """What an error says of the run so far."""
+        if (self.out / CHECKPOINT).exists():
+            return f"--resume continues from the last checkpoint in {self.out}"
+        return f"there is no checkpoint in {self.out} yet"
+
     def save(self) -> None:
         """Write the checkpoint, then the adapter as it stands. Each file is replaced whole."""
         tensors = {}
@@ -145,9 +151,7 @@ class Trainer:
         if self.world.rank:
             return
         state = {"step": self.step, "seconds": self.seconds, "mask_rows": self.mask_rows, "identity": self.identity}
-        temporary = self.out / (CHECKPOINT + ".tmp")
-        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
-        os.replace(temporary, self.out / CHECKPOINT)
+        write_tensors(self.out / CHECKPOINT, tensors, {"state": json.dumps(state)})
         training = asdict(self.config) | {"steps_done": self.step, "mask_rows": self.mask_rows}
         trained = {name: tensors[f"parameter/{name}"] for name in self.parameters}
         if not self.config.train_masks:
@@ -188,12 +192,13 @@ class Trainer:
         world.add_gradients(parameters)
         norm = world.clip_gradients(parameters, config.clip)
 
-        def mean(values):
-            return sum(values) / len(values)
+        def mean(values):  # of a mask's guesses those passes tell that had the mask
+            known = [value for value in values if not math.isnan(value)]
+            return sum(known) / len(known) if known else math.nan
 
-        loss = mean([r.loss for r in reports])
+        loss = sum(r.loss for r in reports) / len(reports)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingFailed(f"the loss is {loss} and the gradient norm {norm} at step {self.step + 1}; the last checkpoint is kept")
+            raise TrainingFailed(f"the loss is {loss} and the gradient norm {norm} at step {self.step + 1}; {self._kept}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -226,12 +231,14 @@ class Trainer:
                 self._run(watch, stop)
         except TrainingFailed:
             raise
+        except OSError as error:
+            raise TrainingFailed(f"{self.out} cannot be written to after step {self.step} ({error}); {self._kept}") from error
         except RuntimeError as error:
             if self.world.size == 1:
                 raise
             raise TrainingFailed(
                 f"process {self.world.rank} of {self.world.size} cannot go on after step {self.step}, likely because another has ended ({error}); "
-                f"--resume continues from the last checkpoint in {self.out}"
+                f"{self._kept}"
             ) from error
         finally:
             for number, handler in handlers.items():
