@@ -476,7 +476,8 @@ def test_learning_rate_is_used(model, tmp_path):
     "name, value",
     [("steps", 0), ("batch_size", 0), ("accumulate", 0), ("save_every", 0), ("log_every", 0),
      ("anchors_per_sequence", 0), ("lr", 0.0), ("lr", float("nan")), ("clip", 0.0), ("mask_decay", 0.0),
-     ("lr", float("inf")), ("lcm_weight", float("inf")), ("seed", 2**40), ("mask_decay", 1.5), ("warmup", -1), ("soft_targets", 1.1), ("drop_masks", -0.1), ("pack_length", 2),
+     ("lr", float("inf")), ("lcm_weight", float("inf")), ("seed", 2**40),
+     ("mask_decay", 1.5), ("warmup", -1), ("soft_targets", 1.1), ("drop_masks", -0.1), ("pack_length", 2),
      ("steps", 1.5), ("seed", 1.0), ("anchors_per_sequence", 2.0), ("decay", -0.1), ("decay", 1.1), ("weight_decay", -1.0), ("lcm_weight", -1.0)],
 )  # fmt: skip
 def test_settings_are_checked(name, value):
