@@ -1,12 +1,12 @@
 """Attention of mask rows in whole blocks and of nothing else, as training has it, with its gradients written out (see `_gradients` for why).
 
 A mask sees NTP keys, all of them in columns before `start`, and its own block's keys up to its own, which are behind them in the rows' order. So its
-scores are two small products, with one softmax over both:
+scores are two small products, side by side in one tensor for the softmax:
 
-    p = exp(scale q K^T + bias - L),  L = log of the row's sum of exponentials,  y = p V
-    dV = p^T dy,  ds = scale p (dy V^T - y . dy),  dq = ds K,  dK = ds^T q
+    p = softmax(scale q K^T + bias),  y = p V
+    dV = p^T dy,  ds = p (dy V^T - sum(p dy V^T)),  dq = scale ds K,  dK = scale ds^T q
 
-Kept for the gradients are q, K, V, y and L, from which p is computed again.
+Kept for the gradients are q, K and V, from which p is computed again.
 """
 
 from dataclasses import dataclass
@@ -49,66 +49,60 @@ class _Blocks:
         x = x[:, :, self.start : self.start + self.blocks * self.size]
         return x.reshape(self.batch * self.kv_heads * self.blocks, self.size, -1)
 
-    def keys(self, past: Tensor | None, own: Tensor, like: Tensor) -> Tensor:
-        """A gradient of all keys, (B, H_kv, S, D), from the two; None for zeros."""
-        x, end = torch.zeros_like(like), self.start + self.blocks * self.size
-        if past is not None:
-            x[:, :, : self.start] = past.view(self.batch, self.kv_heads, self.start, -1)
-        x[:, :, self.start : end] = own.view(self.batch, self.kv_heads, end - self.start, -1)
+    def products(self, x: Tensor, keys: Tensor, scale: float = 1.0) -> Tensor:
+        """scale x K^T of rows x with the NTP keys and, behind those, with their own block's: (B * H_kv, rows, start + size)."""
+        out = x.new_empty(*x.shape[:2], self.start + self.size)
+        out[..., : self.start].baddbmm_(x, self.past(keys).transpose(1, 2), beta=0, alpha=scale)
+        self.each(out)[..., self.start :].baddbmm_(self.each(x), self.own(keys).transpose(1, 2), beta=0, alpha=scale)
+        return out
+
+    def sums(self, p: Tensor, keys: Tensor, scale: float = 1.0) -> Tensor:
+        """scale p K of such products p: (B * H_kv, rows, D)."""
+        x = torch.baddbmm(p.new_zeros(()), p[..., : self.start], self.past(keys), beta=0, alpha=scale)
+        self.each(x).baddbmm_(self.each(p)[..., self.start :], self.own(keys), alpha=scale)
         return x
 
-    def scores(self, q: Tensor, k: Tensor, past_bias: Tensor, own_bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Of rows q with the NTP keys, (B * H_kv, rows, start), and with their own block's, (B * H_kv, rows, size)."""
-        past = torch.baddbmm(q.new_zeros(()), q, self.past(k).transpose(1, 2), beta=0, alpha=scale)
-        past.view(self.batch, self.kv_heads, self.blocks, self.groups, self.size, self.start).add_(past_bias)
-        own = torch.baddbmm(own_bias, self.each(q), self.own(k).transpose(1, 2), alpha=scale)
-        return past, own.view(*q.shape[:2], self.size)
+    def to_keys(self, p: Tensor, x: Tensor, like: Tensor, past: bool, scale: float = 1.0) -> Tensor:
+        """scale p^T x, (B, H_kv, S, D); zeros where no key is, and of the NTP keys without `past`."""
+        out, end = torch.zeros_like(like), self.start + self.blocks * self.size
+        if past:
+            out[:, :, : self.start] = torch.bmm(p[..., : self.start].transpose(1, 2), x).view(self.batch, self.kv_heads, self.start, -1)
+        own = torch.bmm(self.each(p)[..., self.start :].transpose(1, 2), self.each(x))
+        out[:, :, self.start : end] = own.view(self.batch, self.kv_heads, end - self.start, -1)
+        return out.mul_(scale)
+
+    def probabilities(self, q: Tensor, k: Tensor, past_bias: Tensor, own_bias: Tensor, scale: float) -> Tensor:
+        scores = self.products(q, k, scale)
+        by_row = scores.view(self.batch, self.kv_heads, self.blocks, self.groups, self.size, -1)
+        by_row[..., : self.start].add_(past_bias)
+        by_row[..., self.start :].add_(own_bias)
+        return scores.softmax(-1)
 
 
 class BlockAttention(torch.autograd.Function):
     """q (T, B, H, D), k, v (B, H_kv, S, D) -> (T, B, H, D).
 
-    past_bias (B, 1, blocks, 1, size, start) and own_bias (groups * size, size) are added to the scores. ntp_key_gradients: see `ops.attention`.
+    past_bias (B, 1, blocks, 1, size, start) and own_bias (size, size) are added to the scores. ntp_key_gradients: see `ops.attention`.
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, past_bias: Tensor, own_bias: Tensor, size: int, scale: float, ntp_key_gradients: bool) -> Tensor:
-        (t, batch, heads, _), kv_heads = q.shape, k.shape[1]
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, past_bias: Tensor, own_bias: Tensor, scale: float, ntp_key_gradients: bool) -> Tensor:
+        (t, batch, heads, _), kv_heads, size = q.shape, k.shape[1], own_bias.shape[0]
         blocks = _Blocks(batch, kv_heads, heads // kv_heads, t // size, size, past_bias.shape[-1])
-        rows = blocks.rows(q)
-        past, own = blocks.scores(rows, k, past_bias, own_bias, scale)
-        top = own.amax(-1, keepdim=True)  # a row sees itself, but maybe no NTP key
-        top = torch.maximum(top, past.amax(-1, keepdim=True)) if blocks.start else top
-        past.sub_(top).exp_()
-        own.sub_(top).exp_()
-        total = past.sum(-1, keepdim=True).add_(own.sum(-1, keepdim=True))
-        y = torch.bmm(past, blocks.past(v))
-        blocks.each(y).baddbmm_(blocks.each(own), blocks.own(v))
-        y = blocks.unrows(y.div_(total))
-        ctx.save_for_backward(rows, k, v, past_bias, own_bias, y, top.add_(total.log_()))
+        q = blocks.rows(q)
+        ctx.save_for_backward(q, k, v, past_bias, own_bias)
         ctx.options = blocks, scale, ntp_key_gradients
-        return y
+        return blocks.unrows(blocks.sums(blocks.probabilities(q, k, past_bias, own_bias, scale), v))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        q, k, v, past_bias, own_bias, y, sums = ctx.saved_tensors
+        q, k, v, past_bias, own_bias = ctx.saved_tensors
         blocks, scale, ntp_key_gradients = ctx.options
         need_q, need_k, need_v = ctx.needs_input_grad[:3]
-        past, own = (x.sub_(sums).exp_() for x in blocks.scores(q, k, past_bias, own_bias, scale))
-        mean = blocks.rows(torch.linalg.vecdot(dy, y).unsqueeze(-1))
-        dy = blocks.rows(dy)
-        dq = dk = dv = None
-        if need_v:
-            of_past = torch.bmm(past.transpose(1, 2), dy) if ntp_key_gradients else None
-            dv = blocks.keys(of_past, torch.bmm(blocks.each(own).transpose(1, 2), blocks.each(dy)), v)
-        past = torch.bmm(dy, blocks.past(v).transpose(1, 2)).sub_(mean).mul_(past).mul_(scale)
-        own = torch.bmm(blocks.each(dy), blocks.own(v).transpose(1, 2)).view_as(own).sub_(mean).mul_(own).mul_(scale)
-        if need_k:
-            of_past = torch.bmm(past.transpose(1, 2), q) if ntp_key_gradients else None
-            dk = blocks.keys(of_past, torch.bmm(blocks.each(own).transpose(1, 2), blocks.each(q)), k)
-        if need_q:
-            dq = torch.bmm(past, blocks.past(k))
-            blocks.each(dq).baddbmm_(blocks.each(own), blocks.own(k))
-            dq = blocks.unrows(dq)
-        return dq, dk, dv, *[None] * 5
+        p, dy = blocks.probabilities(q, k, past_bias, own_bias, scale), blocks.rows(dy)
+        dv = blocks.to_keys(p, dy, v, ntp_key_gradients) if need_v else None
+        ds = torch._softmax_backward_data(blocks.products(dy, v), p, -1, p.dtype)
+        dq = blocks.unrows(blocks.sums(ds, k, scale)) if need_q else None
+        dk = blocks.to_keys(ds, q, k, ntp_key_gradients, scale) if need_k else None
+        return dq, dk, dv, *[None] * 4

@@ -237,13 +237,11 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale
 def _block_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale: float, ntp_key_gradients: bool) -> Tensor:
     """Mask rows alone, in whole blocks, behind equally many NTP keys: scores against those and the own block's k keys."""
     (t, b, _, _), size = q.shape, rule.block_size
-    start, groups = int(rule.mask_start[0]), q.shape[2] // k.shape[1]
-    key = "blocks", groups
+    start, key = int(rule.mask_start[0]), "blocks"
     if key not in rule._cache:
         past = _additive(allowed_keys(replace(rule, num_masks=0), start)).view(b, 1, t // size, 1, size, start)
-        own = _additive(torch.ones(size, size, dtype=torch.bool, device=q.device).tril()).repeat(groups, 1)
-        rule._cache[key] = past, own
-    return BlockAttention.apply(q, k, v, *rule._cache[key], size, scale, ntp_key_gradients)
+        rule._cache[key] = past, _additive(torch.ones(size, size, dtype=torch.bool, device=q.device).tril())
+    return BlockAttention.apply(q, k, v, *rule._cache[key], scale, ntp_key_gradients)
 
 
 def _sampler_tail(first: Tensor, w: SamplerWeights) -> Tensor:
