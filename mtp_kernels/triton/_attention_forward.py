@@ -303,6 +303,8 @@ def merge_kernel(
             tl.store(kept_ptr + row64, tl.where(m == float("-inf"), 0.0, m), mask=inside)
             tl.store(kept_ptr + tl.cast(T, tl.int64) * B * H + row64, 1.0 / z, mask=inside)
     else:
+        if not FIRST:
+            tl.debug_barrier()  # every warp has loaded its copy of the state that is overwritten now
         tl.store(state_max_ptr + row64, m, mask=inside)
         tl.store(state_sum_ptr + row64, z, mask=inside)
         tl.store(state_acc_ptr + offsets, acc, mask=held)
