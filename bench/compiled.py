@@ -315,6 +315,7 @@ CASES: list[Case] = [
     ),
     Case("attention", "128 wide, 1024 rows of packed documents bfloat16", attention_case(1024, 0, 32, 8, 128, BF16, batch=2, packed=True)),
     Case("attention", "96 wide, 17 rows float16", attention_case(17, 8, 32, 32, 96, FP16)),
+    Case("attention", "128 wide, 16384 rows bfloat16, pieces in rounds", attention_case(16384, 0, 32, 8, 128, BF16)),
     Case("attention", "Qwen2.5-7B, 81 rows bfloat16", attention_case(81, 72, 28, 4, 128, BF16)),  # seven heads to a key head
     Case("attention", "Qwen2.5-7B, 512 mask rows bfloat16, gradients", attention_case(512, 512, 28, 4, 128, BF16, batch=2, grad=True)),
     Case("attention", "256 wide, 17 rows bfloat16", attention_case(17, 8, 8, 4, 256, BF16)),
