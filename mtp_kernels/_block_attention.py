@@ -33,6 +33,7 @@ class _Blocks:
         return x.permute(2, 3, 0, 4, 1, 5).reshape(self.batch * self.kv_heads, self.blocks * self.groups * self.size, -1).contiguous()
 
     def unrows(self, x: Tensor) -> Tensor:
+        """Back again."""
         x = x.view(self.batch, self.kv_heads, self.blocks, self.groups, self.size, -1)
         return x.permute(2, 4, 0, 1, 3, 5).reshape(self.blocks * self.size, self.batch, self.kv_heads * self.groups, -1)
 
@@ -42,7 +43,7 @@ class _Blocks:
 
     def past(self, x: Tensor) -> Tensor:
         """The NTP keys of (B, H_kv, S, D): (B * H_kv, start, D)."""
-        return x[:, :, : self.start].reshape(self.batch * self.kv_heads, self.start, -1)
+        return x[:, :, : self.start].flatten(0, 1)
 
     def own(self, x: Tensor) -> Tensor:
         """The masks' keys by block: (B * H_kv * blocks, size, D)."""
@@ -66,7 +67,7 @@ class _Blocks:
         """scale p^T x, (B, H_kv, S, D); zeros where no key is, and of the NTP keys without `past`."""
         out, end = torch.zeros_like(like), self.start + self.blocks * self.size
         if past:
-            out[:, :, : self.start] = torch.bmm(p[..., : self.start].transpose(1, 2), x).view(self.batch, self.kv_heads, self.start, -1)
+            out[:, :, : self.start] = torch.bmm(p[..., : self.start].transpose(1, 2), x).unflatten(0, (self.batch, self.kv_heads))
         own = torch.bmm(self.each(p)[..., self.start :].transpose(1, 2), self.each(x))
         out[:, :, self.start : end] = own.view(self.batch, self.kv_heads, end - self.start, -1)
         return out.mul_(scale)

@@ -145,7 +145,7 @@ def allowed_keys(rule: AttentionRule, num_columns: int | None = None) -> Tensor:
 
     num_columns: default the rule's num_keys; no row may attend a column past it.
     """
-    columns = torch.arange(num_columns or rule.num_keys, device=rule.visible.device)
+    columns = torch.arange(rule.num_keys if num_columns is None else num_columns, device=rule.visible.device)
     allowed = columns < rule.visible.t().unsqueeze(-1)
     if rule.first is not None:
         allowed = allowed & (columns >= rule.first.t().unsqueeze(-1))

@@ -143,13 +143,12 @@ def add_gated_lora(
         raise ValueError(f"alpha is {alpha!r}; accepted is a positive number, or None for the rank")
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype is {dtype}; accepted are {', '.join(map(str, DTYPES))}, or None for each weight's")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r}; accepted is an integer from 0 to 2^63 - 1")
     names = [(i, target) for i in range(len(base.layers)) for target in PROJECTIONS if target in targets]
     linears = {f"layers.{i}.{t}": _plain_linear(base.layers[i], f"layers.{i}.{PROJECTIONS[t]}.{t}", t) for i, t in names}
     if len(set(linears.values())) < len(linears):
         raise ValueError("layers share a projection; accepted is one of its own for each")
-
-    if type(seed) is not int or not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed!r}; accepted is an integer from 0 to 2^63 - 1")
 
     generator = torch.Generator().manual_seed(seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []

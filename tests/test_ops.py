@@ -198,14 +198,14 @@ def test_attention_scale_and_wider_num_keys():
 
 
 @pytest.mark.parametrize(
-    "heads, kv_heads, starts", [(4, 2, [12, 12]), (4, 4, [12, 12]), (4, 4, [9]), (2, 1, [9]), (4, 2, [12, 7])]
+    "heads, kv_heads, starts", [(4, 2, [12, 12]), (4, 4, [12, 12]), (4, 4, [9]), (2, 1, [9]), (4, 2, [12, 7]), (4, 2, [0, 0])]
 )
 @pytest.mark.parametrize("blocks, k", [(1, 3), (4, 1), (5, 3)])
 def test_mask_rows_alone(heads, kv_heads, starts, blocks, k):
     """The path that skips other blocks' keys gives what the dense one gives, gradients included."""
     rules = [random_rule(0, blocks, k, starts, block_size=size, seed=2) for size in (k, 0)]
     for rule in rules:
-        rule.visible.sub_(torch.arange(blocks).repeat_interleave(k).unsqueeze(1) + 1)  # different anchors
+        rule.visible.sub_(torch.arange(blocks).repeat_interleave(k).unsqueeze(1) + 1).clamp_(min=0)  # different anchors
     q, keys, v = qkv(blocks * k, len(starts), heads, kv_heads, 16, rules[0].num_keys)
     upstream = randn(*q.shape, seed=7)
     results = []

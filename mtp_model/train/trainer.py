@@ -232,7 +232,7 @@ class Trainer:
         except TrainingFailed:
             raise
         except OSError as error:
-            raise TrainingFailed(f"{self.out} cannot be written to after step {self.step} ({error}); {self._kept}") from error
+            raise TrainingFailed(f"the run cannot go on after step {self.step}: {error}; {self._kept}") from error
         except RuntimeError as error:
             if self.world.size == 1:
                 raise
