@@ -4,7 +4,8 @@
 
 Needs no GPU, and a process in which Triton is not interpreted. Each case calls a function of `mtp_kernels.triton` with real
 arguments; every launch is compiled with the specialisation those arguments have, and nothing runs. The exit status is 1 if
-a kernel spills registers, takes more shared memory than the chip has, or multiplies 16-bit matrices without its matrix unit.
+a kernel spills registers, takes more shared memory than the chip has, multiplies 16-bit matrices without its matrix unit, or has
+Hopper's matrix instructions, which run beside others, wait for each other.
 """
 
 import argparse
@@ -292,7 +293,7 @@ CASES: list[Case] = [
     *(case for dtype in (BF16, FP16, FP32) for case in gated_lora_cases(dtype)),
     *(
         Case(
-            "attention", f"{name}, {t} rows {str(dtype)[6:]}", attention_case(t, masks, 32, 8, d, dtype), quick=quick and t == 81 and dtype is BF16,
+            "attention", f"{name}, {t} rows {str(dtype)[6:]}", attention_case(t, masks, 32, 8, d, dtype), quick=quick and t in (1, 81) and dtype is BF16,
             expect={"sm_90": "HGMMA", "sm_100": "UTCHMMA"} if dtype is BF16 else {},
         )
         for name, d, quick in (("Llama-3.1-8B", 128, True), ("Llama-3.2-1B", 64, False))  # Qwen3-4B has the 8B's heads
@@ -312,6 +313,10 @@ CASES: list[Case] = [
             attention_case(512, 512, 32, 8, d, dtype, batch=2, grad=True, packed=True),
         )
         for d in (64, 80, 128) for dtype in (BF16, FP32)
+    ),
+    *(
+        Case("attention", f"{d} wide, 512 rows of {name} bfloat16", attention_case(512, 0, 32, 8, d, BF16, packed=packed))
+        for d in (64, 80, 96, 256) for name, packed in (("a prompt", False), ("packed documents", True))
     ),
     Case("attention", "128 wide, 1024 rows of packed documents bfloat16", attention_case(1024, 0, 32, 8, 128, BF16, batch=2, packed=True)),
     Case("attention", "96 wide, 17 rows float16", attention_case(17, 8, 32, 32, 96, FP16)),
@@ -345,8 +350,10 @@ def _matrix_instruction(compiled) -> str:
     return " ".join(name for pattern, name in MATRIX_INSTRUCTIONS.items() if re.search(pattern, code))
 
 
-def _problems(row: dict, ttir: str, expected: str | None) -> list[str]:
+def _problems(row: dict, ttir: str, log: str, expected: str | None) -> list[str]:
     found = []
+    if "wgmma.mma_async instructions are serialized" in log:
+        found.append("has matrix instructions that wait for each other")
     if row["spills"] > SPILL_ALLOWANCE:
         found.append(f"spills {row['spills']} bytes")
     if row["shared"] > row["shared_limit"]:
@@ -400,7 +407,7 @@ def measure(cases: list[Case], targets: list[str]) -> list[dict]:
                             warps=metadata.num_warps, stages=metadata.num_stages, registers=registers, spills=spills,
                             shared=metadata.shared, shared_limit=SHARED_LIMIT[target], matrix=_matrix_instruction(compiled),
                         )  # fmt: skip
-                        row["problems"] = _problems(row, compiled.asm["ttir"], case.expect.get(target) if "tt.dot" in compiled.asm["ttir"] else None)
+                        row["problems"] = _problems(row, compiled.asm["ttir"], log, case.expect.get(target) if "tt.dot" in compiled.asm["ttir"] else None)
                         row["seconds"] = round(time.perf_counter() - start, 2)
                         rows.append(row)
 

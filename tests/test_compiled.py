@@ -87,6 +87,18 @@ def test_a_bad_kernel_is_found_out():
     assert "HMMA and not HGMMA" in rows["another instruction"]["problems"][0]
 
 
+def test_matrix_instructions_that_wait_are_found_out():
+    """By what ptxas says of a kernel of attention's earlier form."""
+    from bench.compiled import _problems
+
+    row = dict(spills=0, shared=0, shared_limit=1, matrix="HGMMA")
+    log = (
+        "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma instructions defining "
+        "accumulator registers of a wgmma between start and end of the pipeline stage in the function 'attend_kernel'"
+    )
+    assert _problems(row, "", "", None) == [] and "wait for each other" in _problems(row, "", log, None)[0]
+
+
 def test_an_interpreting_process_is_refused():
     if not triton.knobs.runtime.interpret:
         pytest.skip("this process does not interpret")

@@ -98,37 +98,31 @@ def query_gradient_kernel(
         latest = tl.max(tl.where(inside, first, 0), 0)
         least = tl.where(latest > earliest, earliest, tl.maximum(least, earliest))
     whole = earliest + (least - earliest) // BLOCK_S * BLOCK_S
-    dq = _accumulate_dq(
-        dq, q, do, m, inverse_z, delta, first, visible, t, t, earliest, whole,
-        k_ptr, v_ptr, block_ptr, slot_ptr, False, stride_ks, stride_vs, scale,
-        False, False, False, PRECISION, D, BLOCK_S, BLOCK_D,
-    )  # fmt: skip
-    checked = whole
-    end = most
+    if earliest < whole:
+        dq = _accumulate_dq(
+            dq, q, do, m, inverse_z, delta, first, visible, t, t, earliest, whole,
+            k_ptr, v_ptr, block_ptr, slot_ptr, False, stride_ks, stride_vs, scale,
+            False, False, False, PRECISION, D, BLOCK_S, BLOCK_D,
+        )  # fmt: skip
+    if whole < most:
+        dq = _accumulate_dq(
+            dq, q, do, m, inverse_z, delta, first, visible, t, t, whole, most,
+            k_ptr, v_ptr, block_ptr, slot_ptr, False, stride_ks, stride_vs, scale,
+            True, HAS_FIRST, False, PRECISION, D, BLOCK_S, BLOCK_D,
+        )  # fmt: skip
     if HAS_MASKS:
         last = tl.minimum(((tile + 1) * BLOCK_M - 1) // GROUPS, T - 1)
-        begin, masks_end = mask_key_range(tile * BLOCK_M // GROUPS, last, T, num_masks, block_size, WHOLE_BLOCKS)
-        start64 = tl.load(mask_start_ptr + b).to(tl.int64)
-    for part in range(1 + HAS_MASKS):  # the last NTP keys, then the masks': one loop's code for both
-        of_masks = part == 1
-        start = tl.cast(0, tl.int64)
-        block = t
-        slot = t
-        if HAS_MASKS:
-            start = tl.where(of_masks, start64, 0)
-            checked = tl.where(of_masks, begin, whole)
-            end = tl.where(of_masks, masks_end, most)
-            block = tl.load(block_ptr + t, mask=inside & of_masks, other=0).to(tl.int32)
-            slot = tl.load(slot_ptr + t, mask=inside & of_masks, other=0).to(tl.int32)
-            visible = tl.where(of_masks, end, visible)
-            if HAS_FIRST:
-                first = tl.where(of_masks, 0, first)
-        dq = _accumulate_dq(
-            dq, q, do, m, inverse_z, delta, first, visible, block, slot, checked, end,
-            k_ptr + start * stride_ks, v_ptr + start * stride_vs,
-            block_ptr + (T - num_masks), slot_ptr + (T - num_masks), of_masks, stride_ks, stride_vs, scale,
-            True, HAS_FIRST, HAS_MASKS, PRECISION, D, BLOCK_S, BLOCK_D,
-        )  # fmt: skip
+        begin, end = mask_key_range(tile * BLOCK_M // GROUPS, last, T, num_masks, block_size, WHOLE_BLOCKS)
+        if begin < end:
+            start = tl.load(mask_start_ptr + b).to(tl.int64)
+            block = tl.load(block_ptr + t, mask=inside, other=0).to(tl.int32)
+            slot = tl.load(slot_ptr + t, mask=inside, other=0).to(tl.int32)
+            dq = _accumulate_dq(
+                dq, q, do, m, inverse_z, delta, first, tl.zeros_like(visible) + end, block, slot, begin, end,
+                k_ptr + start * stride_ks, v_ptr + start * stride_vs,
+                block_ptr + (T - num_masks), slot_ptr + (T - num_masks), True, stride_ks, stride_vs, scale,
+                True, False, True, PRECISION, D, BLOCK_S, BLOCK_D,
+            )  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     dq = (dq * softmax_scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + index[:, None] * D + d[None, :], dq, mask=inside[:, None] & (d < D)[None, :])
@@ -207,33 +201,34 @@ def key_gradients_kernel(
     v = load_keys(v_ptr + b64 * stride_vb + head64 * stride_vh + column64 * stride_vs, first_key, 0, end, stride_vs, D, BLOCK_S, BLOCK_D, True, False)
     dk = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-    for first in range(first_row * GROUPS, end_row * GROUPS, BLOCK_M):
-        row = first + tl.arange(0, BLOCK_M)
-        t = row // GROUPS
-        inside = t < end_row
-        head = kv_head * GROUPS + row % GROUPS
-        index = (t.to(tl.int64) * B + b) * (KV_HEADS * GROUPS) + head
-        q = load_rows(q_ptr, t.to(tl.int64) * stride_qt + b64 * stride_qb + head * stride_qh, inside, D, BLOCK_D)
-        do = load_rows(do_ptr, index * D, inside, D, BLOCK_D)
-        m = tl.load(kept_ptr + index, mask=inside, other=0.0)
-        inverse_z = tl.load(kept_ptr + tl.cast(T, tl.int64) * B * (KV_HEADS * GROUPS) + index, mask=inside, other=0.0)
-        delta = tl.load(delta_ptr + index, mask=inside, other=0.0)
-        if MASKS:
-            block = tl.load(block_ptr + t, mask=inside, other=-3).to(tl.int32)
-            slot = tl.load(slot_ptr + t, mask=inside, other=0).to(tl.int32)
-            allowed = (key_block[:, None] == block[None, :]) & (key_slot[:, None] <= slot[None, :])
-        else:
-            visible = tl.load(visible_ptr + t.to(tl.int64) * stride_visible_t + b * stride_visible_b, mask=inside, other=0).to(tl.int32)
-            allowed = (key[:, None] < tl.minimum(visible, end)[None, :])
-            if HAS_FIRST:
-                first_seen = tl.load(first_ptr + t.to(tl.int64) * stride_first_t + b * stride_first_b, mask=inside, other=0).to(tl.int32)
-                allowed = allowed & (key[:, None] >= first_seen[None, :])
-        kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_S, BLOCK_M)
-        p = tl.where(allowed, tl.exp2(tl.fma(kq, scale, -m[None, :])) * inverse_z[None, :], 0.0)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        ds = tl.where(allowed, p * (dp - delta[None, :]), 0.0)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    if first_row < end_row:
+        for first in range(first_row * GROUPS, end_row * GROUPS, BLOCK_M):
+            row = first + tl.arange(0, BLOCK_M)
+            t = row // GROUPS
+            inside = t < end_row
+            head = kv_head * GROUPS + row % GROUPS
+            index = (t.to(tl.int64) * B + b) * (KV_HEADS * GROUPS) + head
+            q = load_rows(q_ptr, t.to(tl.int64) * stride_qt + b64 * stride_qb + head * stride_qh, inside, D, BLOCK_D)
+            do = load_rows(do_ptr, index * D, inside, D, BLOCK_D)
+            m = tl.load(kept_ptr + index, mask=inside, other=0.0)
+            inverse_z = tl.load(kept_ptr + tl.cast(T, tl.int64) * B * (KV_HEADS * GROUPS) + index, mask=inside, other=0.0)
+            delta = tl.load(delta_ptr + index, mask=inside, other=0.0)
+            if MASKS:
+                block = tl.load(block_ptr + t, mask=inside, other=-3).to(tl.int32)
+                slot = tl.load(slot_ptr + t, mask=inside, other=0).to(tl.int32)
+                allowed = (key_block[:, None] == block[None, :]) & (key_slot[:, None] <= slot[None, :])
+            else:
+                visible = tl.load(visible_ptr + t.to(tl.int64) * stride_visible_t + b * stride_visible_b, mask=inside, other=0).to(tl.int32)
+                allowed = (key[:, None] < tl.minimum(visible, end)[None, :])
+                if HAS_FIRST:
+                    first_seen = tl.load(first_ptr + t.to(tl.int64) * stride_first_t + b * stride_first_b, mask=inside, other=0).to(tl.int32)
+                    allowed = allowed & (key[:, None] >= first_seen[None, :])
+            kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_S, BLOCK_M)
+            p = tl.where(allowed, tl.exp2(tl.fma(kq, scale, -m[None, :])) * inverse_z[None, :], 0.0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            ds = tl.where(allowed, p * (dp - delta[None, :]), 0.0)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     d = tl.arange(0, BLOCK_D)
     written = (key < end)[:, None] & (d < D)[None, :]
     offset = (b64 * KV_HEADS + head64) * stride_dh + column64 * D

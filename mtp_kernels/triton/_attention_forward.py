@@ -132,10 +132,13 @@ def _attend(
         z = tl.fma(z, shrink, tl.sum(p, 1))
         p = p.to(q.dtype)
         v = load_keys(v_ptr, column, earliest, end, stride_vs, D, BLOCK_S, BLOCK_D, CHECKED, HAS_FIRST)
-        acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
+        acc *= shrink[:, None]
         if BLOCK_TAIL > 0:
-            v = load_keys(v_ptr + BLOCK_D, column, earliest, end, stride_vs, TAIL, BLOCK_S, BLOCK_TAIL, CHECKED, HAS_FIRST)
-            acc_tail = tl.dot(p, v, acc_tail * shrink[:, None], input_precision=PRECISION)
+            acc_tail *= shrink[:, None]
+            v_tail = load_keys(v_ptr + BLOCK_D, column, earliest, end, stride_vs, TAIL, BLOCK_S, BLOCK_TAIL, CHECKED, HAS_FIRST)
+        acc = tl.dot(p, v, acc, input_precision=PRECISION)
+        if BLOCK_TAIL > 0:
+            acc_tail = tl.dot(p, v_tail, acc_tail, input_precision=PRECISION)
         m = m_next
     return m, z, acc, acc_tail
 
@@ -218,16 +221,18 @@ def attend_kernel(
     if BLOCK_TAIL > 0:
         q_tail = load_rows(q_ptr + BLOCK_D, q_offsets, inside, TAIL, BLOCK_TAIL)
         acc_tail = tl.zeros([BLOCK_M, BLOCK_TAIL], tl.float32)
-    m, z, acc, acc_tail = _attend(
-        m, z, acc, acc_tail, q, q_tail, first, visible, block, slot, earliest, begin, whole,
-        k_ptr, v_ptr, block_ptr, slot_ptr, of_masks, stride_ks, stride_vs, scale,
-        False, False, False, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
-    )  # fmt: skip
-    m, z, acc, acc_tail = _attend(
-        m, z, acc, acc_tail, q, q_tail, first, visible, block, slot, earliest, checked, end, k_ptr + start * stride_ks, v_ptr + start * stride_vs,
-        block_ptr + (T - num_masks), slot_ptr + (T - num_masks), of_masks, stride_ks, stride_vs, scale,
-        True, HAS_FIRST, HAS_MASKS, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
-    )  # fmt: skip
+    if begin < whole:
+        m, z, acc, acc_tail = _attend(
+            m, z, acc, acc_tail, q, q_tail, first, visible, block, slot, earliest, begin, whole,
+            k_ptr, v_ptr, block_ptr, slot_ptr, of_masks, stride_ks, stride_vs, scale,
+            False, False, False, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
+        )  # fmt: skip
+    if checked < end:
+        m, z, acc, acc_tail = _attend(
+            m, z, acc, acc_tail, q, q_tail, first, visible, block, slot, earliest, checked, end, k_ptr + start * stride_ks, v_ptr + start * stride_vs,
+            block_ptr + (T - num_masks), slot_ptr + (T - num_masks), of_masks, stride_ks, stride_vs, scale,
+            True, HAS_FIRST, HAS_MASKS, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
+        )  # fmt: skip
 
     index = ((tl.program_id(2).to(tl.int64) * T + t) * B + b) * (KV_HEADS * GROUPS) + head
     tl.store(max_ptr + index, m, mask=inside)

@@ -114,17 +114,21 @@ class AttentionTiles:
     num_stages: int
 
 
-def attention_head_parts(head_dim: int) -> tuple[int, int]:
-    """Powers of two that cover D: 80 = 64 + 16. No wider than the row tile, or sm_80 would share out a row among its warps."""
+def attention_head_parts(head_dim: int, widest: int = 64) -> tuple[int, int]:
+    """Powers of two that cover D: 80 = 64 + 16. A D that is one is halved if it is above `widest`.
+
+    The row tile's 64 are the widest for sm_80, which would share out a row among its warps.
+    """
     first = max(16, next_power_of_2(head_dim + 1) // 2)
-    if first == head_dim > 64:
+    if first == head_dim > widest:
         first //= 2
     rest = head_dim - first
     return first, max(16, next_power_of_2(rest)) if rest > 0 else 0
 
 
 def attention_tiles(head_dim: int, itemsize: int, shared_memory: int) -> AttentionTiles:
-    block_d, block_tail = attention_head_parts(head_dim)
+    # Hopper multiplies 64 rows by any width at once, and should not wait between two halves
+    block_d, block_tail = attention_head_parts(head_dim, 128 if itemsize == 2 and shared_memory >= 192 * 1024 else 64)
     if itemsize == 4:  # no matrix instruction: registers are the limit
         return AttentionTiles(16, 16, block_d, block_tail, 512, 4, 2)
     large = head_dim in (64, 128) and shared_memory >= 96 * 1024
