@@ -54,7 +54,7 @@ def _statistics(moments_ptr, rows, B, K, eps, TILES, WIDTH: tl.constexpr, BLOCK_
     at = moments_ptr + t * B + rows[None, :]
     count = tl.maximum(tl.minimum(K - t * WIDTH, WIDTH), 0).to(tl.float32)
     means = tl.load(at, mask=inside, other=0.0)  # (BLOCK_T, rows)
-    mean = tl.sum(count * means, 0) / K
+    mean = tl.sum(tl.fma(count, means, 0.0), 0) / K  # rounded before it is added, or threads would add it up to different bits
     apart = means - mean[None, :]
     squares = tl.sum(tl.load(at + TILES * B, mask=inside, other=0.0) + count * apart * apart, 0)
     return mean, 1.0 / tl.sqrt(squares / K + eps)
@@ -115,10 +115,11 @@ def block_kernel(
     y = tl.where(real, y.to(tl.float32), 0.0)
     count = tl.minimum(N - tile * BLOCK_N, BLOCK_N).to(tl.float32)
     y_mean = tl.sum(y, 0) / count
-    apart = tl.where(real, y - y_mean[None, :], 0.0)
+    apart = y - y_mean[None, :]
     at = y_moments_ptr + tile * B + rows
     tl.store(at, y_mean, mask=inside)
-    tl.store(at + tl.num_programs(1) * B, tl.sum(apart * apart, 0), mask=inside)
+    # a choice between product and sum: fused into one instruction, they would give the threads of a row different bits
+    tl.store(at + tl.num_programs(1) * B, tl.sum(tl.where(real, apart * apart, 0.0), 0), mask=inside)
 
 
 @triton.jit
