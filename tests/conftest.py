@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before Triton is first imported, which transformers does
+PTX = os.environ.get("TEST_PTX")  # sm_80 or sm_90: the kernels as compiled for it, on the CPU
+if PTX:
+    import ptx
+
+    ptx.apply(PTX)
+elif not torch.cuda.is_available():  # before Triton is first imported, which transformers does
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
         import interpreter_bfloat16
@@ -85,7 +90,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def device():
-    """Where the Triton kernels are tested: on the GPU, or without one in the interpreter, which takes tensors on the CPU."""
+    """Where the Triton kernels are tested: on the GPU, or without one in the interpreter or on the machine for PTX, which take tensors on the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

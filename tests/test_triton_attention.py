@@ -10,11 +10,12 @@ pytest.importorskip("triton")
 
 from mtp_kernels import AttentionRule, attention, reference  # noqa: E402
 from mtp_kernels.testing import assert_within_budget  # noqa: E402
-from mtp_kernels.triton import INTERPRETED, _tiles  # noqa: E402
+from mtp_kernels.triton import _tiles  # noqa: E402
 from mtp_kernels.triton import attention as fused  # noqa: E402
+from mtp_kernels.triton._device import INTERPRETED  # noqa: E402
 from mtp_model.layout import decoding_layout, prefill_layout, training_layout  # noqa: E402
 
-DEVICE = "cpu" if INTERPRETED else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -12,8 +12,9 @@ pytest.importorskip("triton")
 
 from mtp_kernels import SamplerWeights, sampler_draft  # noqa: E402
 from mtp_kernels.testing import guarded_outputs, guarded_randn  # noqa: E402
-from mtp_kernels.triton import INTERPRETED, _tiles  # noqa: E402
 from mtp_kernels.triton import _sampler_kernels as device_code  # noqa: E402
+from mtp_kernels.triton import _tiles  # noqa: E402
+from mtp_kernels.triton._device import INTERPRETED  # noqa: E402
 
 KERNELS = sys.modules["mtp_kernels.triton.sampler"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

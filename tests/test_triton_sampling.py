@@ -15,7 +15,7 @@ from test_triton_sampler import make  # noqa: E402
 from mtp_kernels import Sampling, gated_lora_linear, linear_sample, sampler_draft, sampling_keys  # noqa: E402
 from mtp_kernels._sampling import gumbel, least_kept, signed  # noqa: E402
 from mtp_kernels.testing import guarded_outputs, guarded_randn  # noqa: E402
-from mtp_kernels.triton import _noise, _tiles  # noqa: E402
+from mtp_kernels.triton import _device, _noise, _tiles  # noqa: E402
 
 KERNELS = sys.modules["mtp_kernels.triton.linear_argmax"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -41,7 +41,7 @@ def test_the_noise_is_the_references(device):
     ends = [seed_whose_first_output_is(bits) for bits in (2**64 - 1, 0, 2**64 - 2**40, 2**20, 2**55, 2**56, 2**56 + 2**40)]
     keys = torch.cat([torch.tensor(ends, device=device), sampling_keys(torch.arange(40, device=device), torch.tensor(9, device=device), 1000)])
     out = torch.empty(len(keys), 1000, device=device)
-    noise_kernel[(len(keys),)](keys, out, 1000, BLOCK=1024)
+    _device.launch(noise_kernel, (len(keys),), keys, out, 1000, BLOCK=1024)
     expected = gumbel(keys.unsqueeze(1), torch.arange(1000, device=device))
     assert -2.82 < out[0, 0] < -2.8 and out[1, 0] == torch.inf and not out.isnan().any()
     torch.testing.assert_close(out, expected, atol=2e-4 if device == "cuda" else 2e-5, rtol=1e-6)  # 1 - u is rounded, a GPU's logarithm is too
