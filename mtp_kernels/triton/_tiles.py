@@ -160,15 +160,13 @@ class AttentionBackwardTiles:
     scan: int = 1024
 
 
-def attention_backward_tiles(head_dim: int, itemsize: int, shared_memory: int) -> AttentionBackwardTiles:
+def attention_backward_tiles(head_dim: int, itemsize: int) -> AttentionBackwardTiles:
     block_d = max(16, next_power_of_2(head_dim))
     if itemsize == 4:
         rows, num_warps = (16, 2) if head_dim <= 64 else (32, 8)
         return AttentionBackwardTiles(rows, 16, num_warps, 16, 32, 4, block_d, 2)
-    if head_dim <= 64 or (shared_memory < 96 * 1024 and head_dim <= 128):
-        return AttentionBackwardTiles(64, 32, 4, 32, 64, 4, block_d, 2)
-    return AttentionBackwardTiles(64, 32, 8, 32, 64, 8, block_d, 2)
-
+    num_warps = 4 if head_dim <= 128 else 8  # eight would share out the keys: on Hopper in products 16 wide, and twice the instructions
+    return AttentionBackwardTiles(64, 32, num_warps, 32, 64, num_warps, block_d, 2)
 
 
 # ---- argmax and sampler

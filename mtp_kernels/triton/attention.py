@@ -116,7 +116,7 @@ def _backward(
     do = do.contiguous()
     t, b, h, d = q.shape
     kv_heads = k.shape[1]
-    tiles = tiles_of.attention_backward_tiles(d, q.element_size(), _device.shared_memory())
+    tiles = tiles_of.attention_backward_tiles(d, q.element_size())
     common = _common(q, k, v, visible, block, slot, mask_start, first, num_masks, block_size) | dict(
         do_ptr=do, kept_ptr=kept, delta_ptr=torch.empty_like(kept[0]), num_keys=num_keys, scale=scale * _LOG2_E, softmax_scale=scale,
         BLOCK_D=tiles.block_d, num_stages=tiles.num_stages,
