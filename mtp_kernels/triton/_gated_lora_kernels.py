@@ -143,12 +143,8 @@ def product_kernel(
             x_ptrs, w_ptrs, w2_ptrs, ks, i * segment_k, tl.minimum((i + 1) * segment_k, K), stride_xk, stride_wk,
             SWIGLU, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        if SEGMENTS == 1:
-            total = acc
-            total2 = acc2
-        else:
-            total += acc
-            total2 += acc2
+        total += acc
+        total2 += acc2
     if EXPAND:
         if any_on:
             total = _expand(
@@ -244,12 +240,8 @@ def finish_kernel(
         acc2 = acc
         if SWIGLU:
             acc2 = tl.load(at + N, mask=inside, other=0.0)
-        if SEGMENTS == 1:
-            total = acc
-            total2 = acc2
-        else:
-            total += acc
-            total2 += acc2
+        total += acc
+        total2 += acc2
     if EXPAND:
         if any_on:
             total = _expand(
