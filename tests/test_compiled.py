@@ -91,7 +91,7 @@ def test_matrix_instructions_that_wait_are_found_out():
     """By what ptxas says of a kernel of attention's earlier form."""
     from bench.compiled import _problems
 
-    row = dict(spills=0, shared=0, shared_limit=1, matrix="HGMMA")
+    row = dict(spills=0, spills_in_loops=None, shared=0, shared_limit=1, matrix="HGMMA")
     log = (
         "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma instructions defining "
         "accumulator registers of a wgmma between start and end of the pipeline stage in the function 'attend_kernel'"

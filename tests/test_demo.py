@@ -1,6 +1,7 @@
 """The shipped demo: an ordinary Hugging Face directory, a held-out split, and an adapter that does what the README says."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,19 @@ def test_exact_on_held_out_prompts(demo, mode, k):
     result = generate(model, some, mode=mode, k=k, max_new_tokens=60)
     assert result.tokens == expected
     assert result.stats.tokens_per_step > 1.2
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() or os.environ.get("TEST_PTX")), reason="for a GPU, or minutes on the machine for PTX")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compiled_kernels_write_autoregressive_text(demo, device, dtype):
+    """Two prompts of different length; the rows that only pad are many."""
+    _, _, prompts = demo
+    model = load_adapter(ADAPTER).apply(load_model(BASE, device=device, dtype=dtype, implementation="triton"))
+    some = [prompts[0][:24], prompts[1][:11]]
+    expected = generate(model, some, mode="autoregressive", max_new_tokens=9).tokens
+    for mode, k in (("linear", 2), ("quadratic", 4)):
+        result = generate(model, some, mode=mode, k=k, max_new_tokens=9)
+        assert result.tokens == expected and result.stats.tokens_per_step > 1.2
 
 
 def test_acceptance_of_the_shipped_adapter(demo):

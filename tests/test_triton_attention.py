@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from mtp_kernels import AttentionRule, attention, reference  # noqa: E402
 from mtp_kernels.testing import assert_within_budget  # noqa: E402
-from mtp_kernels.triton import _tiles  # noqa: E402
+from mtp_kernels.triton import _device, _tiles  # noqa: E402
 from mtp_kernels.triton import attention as fused  # noqa: E402
 from mtp_kernels.triton._device import INTERPRETED  # noqa: E402
 from mtp_model.layout import decoding_layout, prefill_layout, training_layout  # noqa: E402
@@ -339,6 +339,39 @@ def test_packed_documents(seed):
             assert_within_budget(g, x, e)
     with torch.no_grad():
         assert torch.equal(fused(*tensors, dataclasses.replace(rule, block_size=0)), got[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind, k, starts, heads, d", [
+    ("prefill", 2, [200, 33], (4, 2), 128), ("training", 3, [150, 20], (2, 1), 80),
+    ("masks", 4, [300, 7], (4, 1), 64), ("quadratic", 3, [290, 0, 128], (2, 2), 96),
+    ("packed", 2, [130, 60], (2, 1), 16), ("packed masks", 2, [140, 1, 120], (4, 2), 128),
+])  # fmt: skip
+def test_a_program_may_take_all_pieces(kind, k, starts, heads, d, dtype, monkeypatch):
+    """Or they may be shared out, and come in rounds: the same bits, and the same gradients."""
+    if kind.startswith("packed"):
+        rule = packed([starts], k, 9, part="masks" if "masks" in kind else "whole")
+        tensors = operands(rule, heads, d)
+    else:
+        *tensors, rule, _ = case(kind, k, starts, heads, d)
+    tensors = [x.to(dtype) for x in tensors]
+    upstream = randn(*tensors[0].shape, seed=9, dtype=dtype)
+    monkeypatch.setattr(_tiles, "attention_is_whole", lambda *_: False)
+    expected = results(fused, tensors, rule, dtype, upstream)
+    monkeypatch.setattr(_tiles, "attention_is_whole", lambda *_: True)
+    launches, launch = [], _device.launch
+    monkeypatch.setattr(_device, "launch", lambda kernel, *args, **options: launches.append(kernel.fn.__name__) or launch(kernel, *args, **options))
+    got = results(fused, tensors, rule, dtype, upstream)
+    assert "attend_whole_kernel" in launches and "merge_kernel" not in launches
+    for whole, split in zip(got, expected, strict=True):
+        assert torch.equal(whole, split)
+
+
+def test_programs_take_all_pieces_where_they_are_many():
+    hopper, blackwell = ("cuda", 90), ("cuda", 100)
+    assert not _tiles.attention_is_whole(511, 128, 2, hopper) and _tiles.attention_is_whole(512, 128, 2, hopper)
+    assert not _tiles.attention_is_whole(512, 128, 2, blackwell) and _tiles.attention_is_whole(512, 64, 2, blackwell)
+    assert not _tiles.attention_is_whole(512, 64, 2, ("hip", "gfx942"))
 
 
 @pytest.mark.parametrize("lengths", [(128, 40), (100, 1, 50)])

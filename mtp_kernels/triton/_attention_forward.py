@@ -7,7 +7,10 @@ mask keys. Each starts from nothing and gives, in base 2 and float32, for x = sc
     m = max x,   z = sum exp2(x - m),   acc = sum exp2(x - m) V
 
 and pieces are merged one after the other:  M' = max(M, m),  a = exp2(M - M'),  b = exp2(m - M'),
-Z' = a Z + b z,  A' = a A + b acc;  at last o = A / Z.
+Z' = a Z + b z,  A' = a A + b acc;  at last o = A / Z:
+
+by `attend_kernel`, a program for each piece, and `merge_kernel`; or, where rows are so many that their tiles fill the chip, by `attend_whole_kernel`,
+a program for all pieces, without what the others keep in memory between them (520 bytes per row, head and piece at D = 128). Both give the same bits.
 
 What fixes a row's bits. Pieces and key tiles lie at absolute columns; the row tile, the warps and with them the order of
 every sum follow from (D, dtype), whatever the number of rows. A key that a row may not attend changes nothing: its
@@ -143,6 +146,34 @@ def _attend(
     return m, z, acc, acc_tail
 
 
+@triton.jit
+def _merge(m, z, acc, m_piece, z_piece, acc_piece):
+    """The running sums and one more piece's."""
+    m_next = tl.maximum(m, m_piece)
+    reference = tl.where(m_next == float("-inf"), 0.0, m_next)
+    a = tl.exp2(m - reference)
+    b = tl.exp2(m_piece - reference)
+    z = tl.fma(z, a, z_piece * b)
+    acc = tl.fma(acc, a[:, None], acc_piece * b[:, None])
+    return m_next, z, acc
+
+
+@triton.jit
+def piece_of_keys(
+    piece, earliest, latest, least, most, PIECE: tl.constexpr, BLOCK_S: tl.constexpr, HAS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """(begin, whole, end) of a piece for a tile of rows: every row may attend the keys [begin, whole), the rule decides on [whole, end).
+
+    The rows' first keys are earliest to latest, and they see least to most keys.
+    """
+    begin = piece * PIECE
+    end = tl.minimum(begin + PIECE, most)
+    if HAS_FIRST:
+        begin = tl.maximum(begin, earliest // BLOCK_S * BLOCK_S)
+        least = tl.where(latest > begin, begin, least)
+    return begin, tl.maximum(begin + (tl.minimum(least, end) - begin) // BLOCK_S * BLOCK_S, begin), end
+
+
 @triton.jit(do_not_specialize=["T", "B", "num_masks", "block_size", "num_keys", "first_piece", *RULE_STRIDES])
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, acc_ptr, max_ptr, sum_ptr,
@@ -173,15 +204,12 @@ def attend_kernel(
     least = tl.min(tl.where(inside, visible, num_keys), 0)
 
     # Keys [begin, whole) every row may attend; [checked, end) need the rule, read from column `start`.
-    begin = piece * PIECE
-    end = tl.minimum(begin + PIECE, tl.max(visible, 0))
-    earliest = begin
+    earliest = 0
+    latest = 0
     if HAS_FIRST:
         earliest = tl.min(first, 0)
-        begin = tl.maximum(begin, earliest // BLOCK_S * BLOCK_S)
         latest = tl.max(tl.where(inside, first, 0), 0)
-        least = tl.where(latest > begin, begin, least)
-    whole = tl.maximum(begin + (tl.minimum(least, end) - begin) // BLOCK_S * BLOCK_S, begin)
+    begin, whole, end = piece_of_keys(piece, earliest, latest, least, tl.max(visible, 0), PIECE, BLOCK_S, HAS_FIRST)
     checked = whole
     start = tl.cast(0, tl.int64)
     block = t
@@ -245,15 +273,124 @@ def attend_kernel(
 
 
 @triton.jit
-def _merge(m, z, acc, m_piece, z_piece, acc_piece):
-    """The running sums and one more piece's."""
-    m_next = tl.maximum(m, m_piece)
-    reference = tl.where(m_next == float("-inf"), 0.0, m_next)
-    a = tl.exp2(m - reference)
-    b = tl.exp2(m_piece - reference)
-    z = tl.fma(z, a, z_piece * b)
-    acc = tl.fma(acc, a[:, None], acc_piece * b[:, None])
-    return m_next, z, acc
+def _add_piece(
+    m, z, acc, acc_tail, written, q, q_tail, first, visible, block, slot, earliest, begin, whole, end, k_ptr, v_ptr, start,
+    key_block_ptr, key_slot_ptr, stride_ks, stride_vs, scale,
+    HAS_FIRST: tl.constexpr, MASKS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+):  # fmt: skip
+    """The running sums and those of the piece [begin, end), on the rows that have it; every row may attend its keys before `whole`."""
+    m_piece = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    z_piece = tl.zeros([BLOCK_M], tl.float32)
+    acc_piece = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    tail_piece = z_piece
+    if BLOCK_TAIL > 0:
+        tail_piece = tl.zeros([BLOCK_M, BLOCK_TAIL], tl.float32)
+    if not MASKS:
+        if begin < whole:
+            m_piece, z_piece, acc_piece, tail_piece = _attend(
+                m_piece, z_piece, acc_piece, tail_piece, q, q_tail, first, visible, block, slot, earliest, begin, whole,
+                k_ptr, v_ptr, key_block_ptr, key_slot_ptr, MASKS, stride_ks, stride_vs, scale,
+                False, False, False, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
+            )  # fmt: skip
+    if whole < end:
+        m_piece, z_piece, acc_piece, tail_piece = _attend(
+            m_piece, z_piece, acc_piece, tail_piece, q, q_tail, first, visible, block, slot, earliest, whole, end,
+            k_ptr + start * stride_ks, v_ptr + start * stride_vs, key_block_ptr, key_slot_ptr, MASKS, stride_ks, stride_vs, scale,
+            True, HAS_FIRST, MASKS, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
+        )  # fmt: skip
+    m_piece = tl.where(written, m_piece, float("-inf"))
+    z_piece = tl.where(written, z_piece, 0.0)
+    m_before = m
+    z_before = z
+    m, z, acc = _merge(m, z, acc, m_piece, z_piece, tl.where(written[:, None], acc_piece, 0.0))
+    if BLOCK_TAIL > 0:
+        _, _, acc_tail = _merge(m_before, z_before, acc_tail, m_piece, z_piece, tl.where(written[:, None], tail_piece, 0.0))
+    return m, z, acc, acc_tail
+
+
+@triton.jit(do_not_specialize=["T", "B", "num_masks", "block_size", "num_keys", *RULE_STRIDES])
+def attend_whole_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, kept_ptr,
+    first_ptr, visible_ptr, block_ptr, slot_ptr, mask_start_ptr,
+    stride_qt, stride_qb, stride_qh, stride_kb, stride_kh, stride_ks: tl.constexpr, stride_vb, stride_vh, stride_vs: tl.constexpr,
+    stride_first_t, stride_first_b, stride_visible_t, stride_visible_b,
+    T, B, num_masks, block_size, num_keys, scale,
+    KEEP: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_MASKS: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+):  # fmt: skip
+    """One tile of packed rows over all of its pieces: bit for bit what `attend_kernel` and `merge_kernel` give, without the memory between them."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last rows see most: they go first
+    b = tl.program_id(1) // KV_HEADS
+    kv_head = tl.program_id(1) % KV_HEADS
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    t = row // GROUPS
+    inside = t < T
+    visible = visible_keys(t, b, T, num_keys, visible_ptr, mask_start_ptr, stride_visible_t, stride_visible_b, HAS_MASKS)
+    first = visible
+    if HAS_FIRST:
+        first, visible = seen_keys(t, b, T, num_keys, visible, first_ptr, stride_first_t, stride_first_b)
+    most = tl.max(visible, 0)
+    least = tl.min(tl.where(inside, visible, num_keys), 0)
+    earliest = 0
+    latest = 0
+    if HAS_FIRST:
+        earliest = tl.min(first, 0)
+        latest = tl.max(tl.where(inside, first, 0), 0)
+
+    b64 = b.to(tl.int64)
+    head64 = kv_head.to(tl.int64)
+    head = kv_head * GROUPS + row % GROUPS
+    k_ptr += b64 * stride_kb + head64 * stride_kh
+    v_ptr += b64 * stride_vb + head64 * stride_vh
+    TAIL: tl.constexpr = D - BLOCK_D
+    q_ptr += b64 * stride_qb
+    q_offsets = t.to(tl.int64) * stride_qt + head * stride_qh
+    q = load_rows(q_ptr, q_offsets, inside, D, BLOCK_D)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    z = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    q_tail = q
+    acc_tail = z
+    if BLOCK_TAIL > 0:
+        q_tail = load_rows(q_ptr + BLOCK_D, q_offsets, inside, TAIL, BLOCK_TAIL)
+        acc_tail = tl.zeros([BLOCK_M, BLOCK_TAIL], tl.float32)
+
+    for piece in range(earliest // PIECE, tl.cdiv(most, PIECE)):
+        begin, whole, end = piece_of_keys(piece, earliest, latest, least, most, PIECE, BLOCK_S, HAS_FIRST)
+        written = inside & (piece * PIECE < visible)
+        if HAS_FIRST:
+            written = written & (piece >= first // PIECE)
+        m, z, acc, acc_tail = _add_piece(
+            m, z, acc, acc_tail, written, q, q_tail, first, visible, t, t, earliest, begin, whole, end, k_ptr, v_ptr, tl.cast(0, tl.int64),
+            block_ptr, slot_ptr, stride_ks, stride_vs, scale, HAS_FIRST, False, PRECISION, D, BLOCK_M, BLOCK_S, BLOCK_D, BLOCK_TAIL,
+        )  # fmt: skip
+    if HAS_MASKS:
+        last = tl.minimum(((tile + 1) * BLOCK_M - 1) // GROUPS, T - 1)
+        begin, end = mask_key_range(tile * BLOCK_M // GROUPS, last, T, num_masks, block_size, WHOLE_BLOCKS)
+        if begin < end:
+            start = tl.load(mask_start_ptr + b).to(tl.int64)
+            block = tl.load(block_ptr + t, mask=inside, other=0).to(tl.int32)
+            slot = tl.load(slot_ptr + t, mask=inside, other=0).to(tl.int32)
+            m, z, acc, acc_tail = _add_piece(
+                m, z, acc, acc_tail, inside & (t >= T - num_masks), q, q_tail, first, tl.zeros_like(visible) + end, block, slot,
+                begin, begin, begin, end, k_ptr, v_ptr, start, block_ptr + (T - num_masks), slot_ptr + (T - num_masks), stride_ks, stride_vs, scale,
+                False, True, PRECISION, D, BLOCK_M, BLOCK_S, BLOCK_D, BLOCK_TAIL,
+            )  # fmt: skip
+
+    index = (t.to(tl.int64) * B + b) * (KV_HEADS * GROUPS) + head
+    z = tl.where(z == 0, 1.0, z)  # only rows without a key, which are padding
+    d = tl.arange(0, BLOCK_D)
+    dtype = out_ptr.dtype.element_ty
+    tl.store(out_ptr + index[:, None] * D + d[None, :], (acc / z[:, None]).to(dtype), mask=inside[:, None] & (d < D)[None, :])
+    if BLOCK_TAIL > 0:
+        d = tl.arange(0, BLOCK_TAIL)
+        tl.store(out_ptr + BLOCK_D + index[:, None] * D + d[None, :], (acc_tail / z[:, None]).to(dtype), mask=inside[:, None] & (d < TAIL)[None, :])
+    if KEEP:
+        tl.store(kept_ptr + index, tl.where(m == float("-inf"), 0.0, m), mask=inside)
+        tl.store(kept_ptr + tl.cast(T, tl.int64) * B * (KV_HEADS * GROUPS) + index, 1.0 / z, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "B", "num_masks", "num_keys", "first_piece", "last_piece", *RULE_STRIDES])

@@ -135,6 +135,15 @@ def attention_tiles(head_dim: int, itemsize: int, shared_memory: int) -> Attenti
     return AttentionTiles(64, 64 if large else 32, block_d, block_tail, 512, 8 if head_dim > 128 else 4, 2)
 
 
+def attention_is_whole(programs: int, head_dim: int, itemsize: int, target: tuple[str, int | str]) -> bool:
+    """Whether a program takes all pieces of its rows: if that many (tiles of rows x heads of keys) fill a chip, two rounds of two on 132 processors.
+
+    The sums of a piece and those so far need registers: on sm_100 a wide head has too few in a loop, and for AMD Triton 3.7 fails to compile it.
+    """
+    backend, arch = target
+    return programs >= 512 and backend == "cuda" and (arch < 100 or itemsize == 4 or head_dim <= 96)
+
+
 def attention_pieces_at_once(pieces: int, numbers: int) -> int:
     """How many pieces' partial results, `numbers` float32 each, are kept at a time: about 256 MiB of them."""
     return min(pieces, max(1, 2**26 // max(1, numbers)))

@@ -66,20 +66,26 @@ def _forward(
     out = torch.empty(t, b, h, d, dtype=q.dtype, device=q.device)
     kept = torch.empty((2, t, b, h) if save_sums else (0,), dtype=torch.float32, device=q.device)
     tiles = tiles_of.attention_tiles(d, q.element_size(), _device.shared_memory())
+    common = _common(q, k, v, visible, block, slot, mask_start, first, num_masks, block_size)
+    common |= dict(
+        scale=scale * _LOG2_E, PIECE=tiles.piece, BLOCK_M=tiles.block_m, BLOCK_S=tiles.block_s, BLOCK_D=tiles.block_d, BLOCK_TAIL=tiles.block_tail,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    grid = tiles_of.cdiv(t * (h // kv_heads), tiles.block_m), b * kv_heads
+    if tiles_of.attention_is_whole(grid[0] * grid[1], d, q.element_size(), _device.target()):
+        _device.launch(_attention_forward.attend_whole_kernel, grid, **common, out_ptr=out, kept_ptr=kept, num_keys=num_keys, KEEP=save_sums)
+        return out, kept
     block_r, merge_warps = tiles_of.attention_merge_tiles()
     pieces = tiles_of.cdiv(num_keys, tiles.piece) + (num_masks > 0)
     at_once = tiles_of.attention_pieces_at_once(pieces, t * b * h * d)
     slots = at_once + (at_once < pieces)  # the last one holds the sums so far
     acc = torch.empty(slots, t, b, h, d, dtype=torch.float32, device=q.device)
     maxima, sums = (torch.empty(slots, t, b, h, dtype=torch.float32, device=q.device) for _ in range(2))
-    common = _common(q, k, v, visible, block, slot, mask_start, first, num_masks, block_size)
     for start in range(0, pieces, at_once):
         last = min(start + at_once, pieces)
         _device.launch(
-            _attention_forward.attend_kernel, (tiles_of.cdiv(t * (h // kv_heads), tiles.block_m), b * kv_heads, last - start), **common,
-            acc_ptr=acc, max_ptr=maxima, sum_ptr=sums, num_keys=num_keys, first_piece=start, scale=scale * _LOG2_E,
-            PIECE=tiles.piece, BLOCK_M=tiles.block_m, BLOCK_S=tiles.block_s, BLOCK_D=tiles.block_d, BLOCK_TAIL=tiles.block_tail,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            _attention_forward.attend_kernel, (*grid, last - start), **common,
+            acc_ptr=acc, max_ptr=maxima, sum_ptr=sums, num_keys=num_keys, first_piece=start,
         )  # fmt: skip
         _device.launch(
             _attention_forward.merge_kernel, (tiles_of.cdiv(t * b * h, block_r),),
