@@ -1,9 +1,10 @@
 """Attention under the rule of a pass: o = softmax(scale q K^T) V over the keys that the rule allows each row.
 
 Forward (`_attention_forward`): a program owns a tile of packed rows of one key head and one piece of keys, of fixed length and
-by absolute column; a second kernel merges the pieces in order. The pass's mask keys are one more piece, which NTP rows have
-not. So a row has the same bits whatever stands beside it and wherever its predecessors are. Long passes take the pieces in
-several rounds, which bounds the memory for partial results and changes no bit.
+by absolute column; a second kernel merges the pieces in order. Where rows are many, a program takes all pieces of its rows and
+merges them itself. The pass's mask keys are one more piece, which NTP rows have not. So a row has the same bits whatever stands
+beside it and wherever its predecessors are. Long passes whose pieces are shared out take them in several rounds, which bounds
+the memory for partial results and changes no bit.
 
 Backward (`_attention_backward`): dq by tiles of rows, dk and dv by tiles of keys, mask keys and NTP keys in launches of their
 own. Work is proportional to the keys that rows see, memory to rows and keys and never to their product.
