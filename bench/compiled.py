@@ -4,7 +4,7 @@
 
 Needs no GPU, and a process in which Triton is not interpreted. Each case calls a function of `mtp_kernels.triton` with real
 arguments; every launch is compiled with the specialisation those arguments have, and nothing runs.
-The exit status is 1 if a kernel spills registers (on NVIDIA's chips: in an innermost loop), takes more shared memory than the chip has,
+The exit status is 1 if a kernel spills registers in an innermost loop, takes more shared memory than the chip has,
 multiplies 16-bit matrices without its matrix unit, or has Hopper's matrix instructions, which run beside others, wait for each other.
 """
 
@@ -347,24 +347,28 @@ def _resources(compiled, log: str) -> tuple[int, int]:
     return max(map(int, re.findall(r"Used (\d+) registers", log))), max(map(int, spills), default=0)
 
 
-def _spills_in_loops(compiled) -> int:
-    """Loads and stores of spilled registers in NVIDIA's machine code, in loops that hold no other: the rest runs seldom."""
+def _machine_code(compiled) -> str:
+    if "amdgcn" in compiled.asm:
+        return compiled.asm["amdgcn"]
     disassembler = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    code, labels, loops = [], {}, []
-    for label, instruction in re.findall(r"^(\.L_x_\d+):|^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", text, re.M):
+        return subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _spills_in_loops(code: str) -> int:
+    """Loads and stores of spilled registers in the loops of machine code that hold no other: the rest runs seldom."""
+    lines, labels, loops = code.splitlines(), {}, []
+    for number, line in enumerate(lines):
+        label = re.match(r"(\.L\w+):", line)
+        target = re.search(r"\b(?:BRA|s_c?branch\w*)\b.*?(\.L\w+)", line)
         if label:
-            labels[label] = len(code)
-        else:
-            code.append(instruction)
-            target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
-            if target and target[1] in labels:
-                loops.append((labels[target[1]], len(code)))
+            labels[label[1]] = number
+        elif target and target[1] in labels:
+            loops.append((labels[target[1]], number))
     innermost = [(a, b) for a, b in loops if not any((a, b) != other and a <= other[0] and other[1] <= b for other in loops)]
-    return sum(bool(re.search(r"\b(LDL|STL)\b", x)) for a, b in innermost for x in code[a:b])
+    return sum(bool(re.search(r"\b(LDL|STL)\b|Folded (Spill|Reload)", line)) for a, b in innermost for line in lines[a:b])
 
 
 def _matrix_instruction(compiled) -> str:
@@ -377,7 +381,7 @@ def _problems(row: dict, ttir: str, log: str, expected: str | None) -> list[str]
     found = []
     if "wgmma.mma_async instructions are serialized" in log:
         found.append("has matrix instructions that wait for each other")
-    if row["spills"] > SPILL_ALLOWANCE and row["spills_in_loops"] != 0:
+    if row["spills_in_loops"]:
         found.append(f"spills {row['spills']} bytes, also in its loops")
     if row["shared"] > row["shared_limit"]:
         found.append(f"takes {row['shared']} bytes of shared memory of {row['shared_limit']}")
@@ -422,7 +426,7 @@ def measure(cases: list[Case], targets: list[str]) -> list[dict]:
                             return
                         seen.add((target, compiled.hash))
                         registers, spills = _resources(compiled, log)
-                        in_loops = _spills_in_loops(compiled) if spills > SPILL_ALLOWANCE and "cubin" in compiled.asm else None
+                        in_loops = _spills_in_loops(_machine_code(compiled)) if spills > SPILL_ALLOWANCE else None
                         names, metadata = compiled.src.fn.arg_names, compiled.metadata
                         constants = {names[path[0]]: value for path, value in compiled.src.constants.items() if len(path) == 1}
                         row = dict(

@@ -87,6 +87,31 @@ def test_a_bad_kernel_is_found_out():
     assert "HMMA and not HGMMA" in rows["another instruction"]["problems"][0]
 
 
+def test_registers_spilled_in_a_loop_are_told_from_others():
+    from bench.compiled import _spills_in_loops
+
+    nvidia = """
+        /*0000*/                   STL [R1], R2 ;
+.L_x_1:
+        /*0010*/                   LDL R2, [R1] ;
+.L_x_0:
+        /*0020*/                   {} ;
+        /*0030*/              @!P0 BRA `(.L_x_0) ;
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+        /*0050*/                   BRA `(.L_x_2) ;
+.L_x_2:
+        /*0060*/                   EXIT ;
+"""
+    assert [_spills_in_loops(nvidia.format(x)) for x in ("FADD R3, R2, R2", "LDL.64 R2, [R1]", "STL [R1+0x4], R3")] == [0, 1, 1]
+    amd = """
+\tscratch_store_dword off, v1, off ; 4-byte Folded Spill
+.LBB0_2:                                ; =>This Inner Loop Header: Depth=1
+\t{}
+\ts_cbranch_scc1 .LBB0_2
+"""
+    assert [_spills_in_loops(amd.format(x)) for x in ("v_add_f32 v1, v2, v3", "scratch_load_dword v1, off, off ; 4-byte Folded Reload")] == [0, 1]
+
+
 def test_matrix_instructions_that_wait_are_found_out():
     """By what ptxas says of a kernel of attention's earlier form."""
     from bench.compiled import _problems

@@ -132,7 +132,8 @@ def attention_tiles(head_dim: int, itemsize: int, shared_memory: int) -> Attenti
     if itemsize == 4:  # no matrix instruction: registers are the limit
         return AttentionTiles(16, 16, block_d, block_tail, 512, 4, 2)
     large = head_dim in (64, 128) and shared_memory >= 96 * 1024
-    return AttentionTiles(64, 64 if large else 32, block_d, block_tail, 512, 8 if head_dim > 128 else 4, 2)
+    stages = 2 if head_dim <= 128 or shared_memory >= 96 * 1024 else 1  # registers are the limit on gfx942
+    return AttentionTiles(64, 64 if large else 32, block_d, block_tail, 512, 8 if head_dim > 128 else 4, stages)
 
 
 def attention_is_whole(programs: int, head_dim: int, itemsize: int, target: tuple[str, int | str]) -> bool:
