@@ -367,6 +367,19 @@ def test_a_program_may_take_all_pieces(kind, k, starts, heads, d, dtype, monkeyp
         assert torch.equal(whole, split)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@torch.no_grad()
+def test_a_piece_that_a_row_does_not_see_cannot_spoil_it(whole, monkeypatch):
+    """Though rows of its tile see it, and it holds infinities."""
+    q, keys, values, rule, _ = case("masks", 4, [1000], (4, 1), 64)
+    rows = rule.visible[:, 0] <= 512
+    assert rows.any() and not rows.all()
+    monkeypatch.setattr(_tiles, "attention_is_whole", lambda *_: whole)
+    expected = fused(q, keys, values, rule)
+    values[:, :, 512 : int(rule.mask_start)] = torch.inf
+    assert torch.equal(fused(q, keys, values, rule)[rows], expected[rows])
+
+
 def test_programs_take_all_pieces_where_they_are_many():
     hopper, blackwell = ("cuda", 90), ("cuda", 100)
     assert not _tiles.attention_is_whole(511, 128, 2, hopper) and _tiles.attention_is_whole(512, 128, 2, hopper)
