@@ -112,7 +112,11 @@ def _attend(
     CHECKED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_MASKS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Go on with (m, z, acc) over the key tiles of [begin, end). Not CHECKED: every row may attend every key of them."""
+    """Go on with (m, z, acc) over the key tiles of [begin, end). Not CHECKED: every row may attend every key of them.
+
+    To be called behind `if begin < end`, as the backward loops are: where zeros may meet what a loop has added, on a path around it, ptxas has
+    Hopper's matrix instructions wait for each other (`bench.compiled` finds it out).
+    """
     TAIL: tl.constexpr = D - BLOCK_D
     for column in range(begin, end, BLOCK_S):
         k = load_keys(k_ptr, column, earliest, end, stride_ks, D, BLOCK_S, BLOCK_D, CHECKED, HAS_FIRST)
