@@ -12,6 +12,7 @@ by tests; on another CPU library results may differ in the last bit.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -19,14 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtp_kernels._block_attention import BlockAttention
-from mtp_kernels._gradients import AdaptedLinear, RMSNorm, SwiGLU, matmul, reciprocal_rms
+from mtp_kernels._block_attention import BlockAttention, Part
+from mtp_kernels._gradients import AdaptedLinear, RMSNorm, Rotary, SwiGLU, matmul, reciprocal_rms, rotate
 from mtp_kernels._sampling import gumbel, least_kept
 from mtp_kernels.types import AttentionRule, SamplerWeights, Sampling
 
 KEY_CHUNK = 256
 MIN_ROWS = 8
 ROW_TILE = 128
+KEPT_SCORES = 2**25
+PART_SCORES = 2**19  # of mask rows alone, at a time on a CPU: 2 MiB, which its caches hold
 
 
 def _sizes(x: Tensor) -> tuple[int, ...]:
@@ -115,7 +118,8 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = t
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     if norm is not None:
         x = rms_norm(x, norm, eps)
-    return torch.addcmul(x * cos.unsqueeze(-2), x.roll(int(x.shape[-1]) // 2, -1), sin.unsqueeze(-2))
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return Rotary.apply(x, cos, sin) if torch.is_grad_enabled() else rotate(x, cos, sin)
 
 
 def rotary_write(
@@ -172,6 +176,10 @@ def attention(
     differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if differentiable and not ntp_key_gradients:
         k, v = (_detached_but_masks(x, rule) for x in (k, v))
+    if rule.causal:
+        t, grouped = q.shape[0], q.shape[2] != k.shape[1]
+        q, k, v = q.permute(1, 2, 0, 3), k[:, :, :t], v[:, :, :t]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).permute(2, 0, 1, 3)
     if not differentiable and q.shape[0] - rule.num_masks > ROW_TILE:
         return _tiled_attention(q, k, v, rule, scale)
     return _dense_attention(q, k, v, rule, scale)
@@ -186,20 +194,27 @@ def _detached_but_masks(x: Tensor, rule: AttentionRule) -> Tensor:
 
 def _tiled_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale: float) -> Tensor:
     """A long pass, ROW_TILE NTP rows at a time (masks with the last) over the pieces of keys that they see: the same bits."""
-    ntp = q.shape[0] - rule.num_masks
-    parts = []
+    tiles = rule._cache.get("tiles")
+    if tiles is None:
+        tiles = _tiles(rule)
+        if q.shape[2] * rule.visible.numel() * rule.num_keys <= KEPT_SCORES:  # what each of them keeps for all layers is half as much
+            rule._cache["tiles"] = tiles = list(tiles)
+    return torch.cat([_dense_attention(q[rows], k[:, :, before:], v[:, :, before:], tile, scale) for rows, before, tile in tiles])
+
+
+def _tiles(rule: AttentionRule) -> Iterator[tuple[slice, int, AttentionRule]]:
+    """Rows, the column of their first key, and their rule from there on."""
+    ntp = rule.visible.shape[0] - rule.num_masks
     for start in range(0, ntp, ROW_TILE):
         last = start + ROW_TILE >= ntp
         rows = slice(start, None if last else start + ROW_TILE)
         visible, first = rule.visible[rows], None if rule.first is None else rule.first[rows]
         before = 0 if first is None else min(max(int(first.min()), 0), rule.num_keys - 1) // KEY_CHUNK * KEY_CHUNK
         end = rule.num_keys if last else min(max(int(visible.max()), before + 1), rule.num_keys)
-        tile = AttentionRule(
+        yield rows, before, AttentionRule(
             visible - before, rule.block[rows], rule.slot[rows], rule.mask_start - before,
             rule.num_masks if last else 0, end - before, first=None if first is None else first - before,
         )  # fmt: skip
-        parts.append(_dense_attention(q[rows], k[:, :, before:], v[:, :, before:], tile, scale))
-    return torch.cat(parts)
 
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale: float) -> Tensor:
@@ -236,12 +251,33 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale
 
 def _block_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale: float, ntp_key_gradients: bool) -> Tensor:
     """Mask rows alone, in whole blocks, behind equally many NTP keys: scores against those and the own block's k keys."""
-    (t, b, _, _), size = q.shape, rule.block_size
-    start, key = int(rule.mask_start[0]), "blocks"
-    if key not in rule._cache:
-        past = _additive(allowed_keys(replace(rule, num_masks=0), start)).view(b, 1, t // size, 1, size, start)
-        rule._cache[key] = past, _additive(torch.ones(size, size, dtype=torch.bool, device=q.device).tril())
-    return BlockAttention.apply(q, k, v, *rule._cache[key], scale, ntp_key_gradients)
+    start, heads = int(rule.mask_start[0]), int(q.shape[2])
+    if ("parts", heads) not in rule._cache:
+        rule._cache["parts", heads] = _parts(rule, start, heads)
+    return BlockAttention.apply(q, k, v, rule._cache["parts", heads], start, scale, ntp_key_gradients)
+
+
+def _parts(rule: AttentionRule, start: int, heads: int) -> list[Part]:
+    """The blocks of a pass, together where they are small, each part with the NTP keys that any of its rows sees."""
+    visible, first, (size, batch) = rule.visible, rule.first, (rule.block_size, rule.visible.shape[1])
+    ends = visible.reshape(-1, size * batch).amax(1).clamp(0, start).tolist()
+    begins = [0] * len(ends) if first is None else first.reshape(-1, size * batch).amin(1).clamp(0, start).tolist()
+    most = (PART_SCORES if visible.device.type == "cpu" else 2**28) // (batch * heads * size)
+    own = _additive(torch.ones(size, size, dtype=torch.bool, device=visible.device).tril())
+    parts, block = [], 0
+    while block < len(ends):
+        stop, begin, end = block + 1, begins[block], ends[block]
+        while stop < len(ends):
+            wider = min(begin, begins[stop]), max(end, ends[stop])
+            if (stop + 1 - block) * (wider[1] - wider[0] + size) > most:
+                break
+            stop, (begin, end) = stop + 1, wider
+        begin, rows = min(begin, end), slice(block * size, stop * size)
+        these = replace(rule, visible=visible[rows], first=None if first is None else first[rows], num_masks=0)
+        past = _additive(allowed_keys(these, end)[..., begin:]).view(batch, 1, stop - block, 1, size, end - begin)
+        parts.append(Part(block, stop, begin, end, torch.cat([past, own.expand(*past.shape[:-1], size)], -1)))
+        block = stop
+    return parts
 
 
 def _sampler_tail(first: Tensor, w: SamplerWeights) -> Tensor:
@@ -252,7 +288,8 @@ def _sampler_tail(first: Tensor, w: SamplerWeights) -> Tensor:
 
 
 def sampler_hidden(previous: Tensor, z: Tensor, weights: SamplerWeights) -> Tensor:
-    return _sampler_tail(F.linear(torch.cat([previous, z], dim=-1), weights.w1, weights.b1), weights)
+    d = z.shape[-1]  # in two products, for the previous token's embedding mostly needs no gradient
+    return _sampler_tail(F.linear(previous, weights.w1[:, :d]) + F.linear(z, weights.w1[:, d:], weights.b1), weights)
 
 
 def sampler_draft(

@@ -44,6 +44,8 @@ class AttentionRule:
     block_size: k when the mask rows are whole blocks in order (slots 1..k, 1..k, ...), as every layout's are; 0 if not
         known. An implementation may use it to skip other blocks' keys; it never changes what a row attends.
     first: (T, B) integer, below `visible` for an NTP row; None: 0 for every row.
+    causal: the rows are NTP rows alone, of a text from its beginning, so row t sees columns 0 to t; and their bits may depend on how many
+        there are. An implementation may use it.
 
     `first` is for documents packed one behind the other into a sequence, none of which sees another: it is the column of
     the document's first token. Documents a0 a1 and b0 b1 b2, and a block of one mask after a1 and after b1:
@@ -66,6 +68,7 @@ class AttentionRule:
     num_keys: int
     block_size: int = 0
     first: Tensor | None = None
+    causal: bool = False
     _cache: dict = field(default_factory=dict, init=False, repr=False)
 
 

@@ -85,9 +85,9 @@ class DecoderLayer(nn.Module):
             q = self.operations.rotary_write(qkv, *rotary, *cache.storage(self.index), rows.start, self.qk_norm, self.eps)
             keys, values = cache.keys[self.index], cache.values[self.index]
         else:
-            qk, v = qkv[:, :, :rotated], qkv[:, :, rotated:]
+            qk, v = qkv.split([rotated, self.kv_heads], 2)
             qk = self.operations.rotary_embedding(qk, *rotary, self.qk_norm, self.eps)  # q and k heads together
-            q, k = qk[:, :, :heads], qk[:, :, heads:]
+            q, k = qk.split([heads, self.kv_heads], 2)
             keys, values = cache.update(self.index, k, v, rows.start, keep=rows.num_ntp > 0)
         # Masks alone see NTP keys of a pass before theirs, which is a constant.
         attended = self.operations.attention(q, keys, values, rows.rule, ntp_key_gradients=rows.num_ntp > 0).flatten(2)  # (T, B, H * D)

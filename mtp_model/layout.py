@@ -174,6 +174,7 @@ class Rows:
     columns first to visible - 1 (first None: from 0). block, slot: (T,), see `mtp_kernels.AttentionRule`. start: committed tokens
     of each sequence, where this pass's K/V are written. mask_start: the cache column of each sequence's first mask. Both are numbers
     that the host knows, or tensors (B,) on the device. num_keys: every key's column is below it. gated: False puts the adapter on every row.
+    causal: see `mtp_kernels.AttentionRule`.
     """
 
     ids: Tensor
@@ -188,6 +189,7 @@ class Rows:
     mask_start: tuple[int, ...] | Tensor
     num_keys: int
     gated: bool = True
+    causal: bool = False
 
     @property
     def num_masks(self) -> int:
@@ -212,11 +214,13 @@ class Rows:
             num_keys=self.num_keys,
             block_size=self.k if self.num_masks else 0,
             first=self.first,
+            causal=self.causal,
         )
 
     def ntp_rows(self) -> "Rows":
         """The NTP rows alone: a pass of its own, since they never see a mask."""
-        return self._part(slice(0, self.num_ntp), self.num_ntp, self.start, self.num_keys - self.num_masks)
+        rows = self._part(slice(0, self.num_ntp), self.num_ntp, self.start, self.num_keys - self.num_masks)
+        return replace(rows, causal=self.first is None and not any(self.start)) if isinstance(self.start, tuple) else rows
 
     def mask_rows(self) -> "Rows":
         """The mask rows alone, for a cache that already holds the NTP rows' keys."""

@@ -174,6 +174,18 @@ def test_parts_of_a_pass():
     assert masks.rule.block_size == 2 and ntp.rule.block_size == 0
 
 
+@pytest.mark.parametrize("start, packed, causal", [([0, 0], False, True), ([0, 1], False, False), ([0, 0], True, False), ("device", False, False)])
+def test_ntp_rows_of_whole_texts_are_causal(start, packed, causal):
+    first = torch.zeros(4, 2, dtype=torch.int64) if packed else None
+    keys = {"num_keys": 12} if start == "device" else {}
+    start = torch.zeros(2, dtype=torch.int64) if start == "device" else start
+    rows = training_layout(4, torch.tensor([[1, 2]]), 3, first).at(torch.zeros(4, 2, dtype=torch.int64), start, **keys)
+    assert not rows.rule.causal and not rows.mask_rows().rule.causal and rows.ntp_rows().rule.causal is causal
+    if causal:
+        rule = rows.ntp_rows().rule
+        assert torch.equal(allowed_keys(rule), torch.ones(4, 4, dtype=torch.bool).tril().expand(2, -1, -1))
+
+
 @pytest.mark.parametrize(
     "build, word",
     [

@@ -121,6 +121,15 @@ def test_gated_lora_linear_gradients(gate, splits, bias, residual):
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_keep_a_small_adapter(dtype):
+    """Many rows in training may have it merged into the weight, but not where it would be rounded away."""
+    weight = torch.tensor([1.0, -1.0] * 4, dtype=dtype).expand(6, 8)
+    a, b = torch.ones(1, 8, dtype=dtype), torch.full((6, 1), 2.0**-12, dtype=dtype)
+    y = gated_lora_linear(torch.ones(50, 8, dtype=dtype), weight, a.requires_grad_(), b, 0)
+    assert torch.equal(y, torch.full_like(y, 2.0**-9))
+
+
 def test_gated_lora_linear_leaves_its_arguments_alone():
     case = lora_case((6,), 8, (10,), 3)
     copies = {n: t.clone() for n, t in case.items()}
@@ -201,8 +210,11 @@ def test_attention_scale_and_wider_num_keys():
     "heads, kv_heads, starts", [(4, 2, [12, 12]), (4, 4, [12, 12]), (4, 4, [9]), (2, 1, [9]), (4, 2, [12, 7]), (4, 2, [0, 0])]
 )
 @pytest.mark.parametrize("blocks, k", [(1, 3), (4, 1), (5, 3)])
-def test_mask_rows_alone(heads, kv_heads, starts, blocks, k):
-    """The path that skips other blocks' keys gives what the dense one gives, gradients included."""
+@pytest.mark.parametrize("together", ["all", "some", "none"])
+def test_mask_rows_alone(heads, kv_heads, starts, blocks, k, together, monkeypatch):
+    """The path that skips other blocks' keys gives what the dense one gives, gradients included; in any number of parts."""
+    if together != "all":
+        monkeypatch.setattr(reference, "PART_SCORES", len(starts) * heads * k * 2 * 14 if together == "some" else 0)
     rules = [random_rule(0, blocks, k, starts, block_size=size, seed=2) for size in (k, 0)]
     for rule in rules:
         rule.visible.sub_(torch.arange(blocks).repeat_interleave(k).unsqueeze(1) + 1).clamp_(min=0)  # different anchors
@@ -216,6 +228,22 @@ def test_mask_rows_alone(heads, kv_heads, starts, blocks, k):
     for fast, dense, exact in zip(*results, strict=True):
         torch.testing.assert_close(fast, dense, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(dense.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scores, sizes", [(2**19, [5]), (2 * 4 * 2 * 30, [2, 1, 2]), (0, [1] * 5)])
+def test_parts_of_mask_rows_alone(scores, sizes, monkeypatch):
+    """Blocks come together up to a number of scores, and with the keys that they see, no others."""
+    monkeypatch.setattr(reference, "PART_SCORES", scores)
+    visible = torch.tensor([[3, 2], [9, 9], [40, 0], [12, 8], [11, 10]]).repeat_interleave(2, 0)
+    first = torch.tensor([[0, 1], [4, 2], [30, 0], [6, 6], [7, 5]]).repeat_interleave(2, 0)
+    block, slot = torch.arange(5).repeat_interleave(2), torch.tensor([1, 2] * 5)
+    rule = AttentionRule(visible, block, slot, torch.tensor([40, 40]), 10, 50, 2, first=first)
+    values_and_gradients(qkv(10, 2, 4, 2, 8, 50), rule)
+    parts = rule._cache["parts", 4]
+    assert [part.last - part.first for part in parts] == sizes and [part.first for part in parts[1:]] == [part.last for part in parts[:-1]]
+    for part in parts:
+        rows = slice(2 * part.first, 2 * part.last)
+        assert part.end == int(visible[rows].max()) and part.begin == min(int(first[rows].min()), part.end)
 
 
 def test_mask_rows_alone_keep_no_scores():
@@ -329,9 +357,27 @@ def test_a_long_pass_in_tiles_has_the_same_bits(packed, masks, monkeypatch):
         rule = dataclasses.replace(rule, first=first[rule.visible - 1])
     q, keys, v = qkv(600 + masks, 2, 4, 2, 16, rule.num_keys)
     tiled = attention(q, keys, v, rule)
+    assert torch.equal(attention(q, keys, v, rule), tiled) and len(rule._cache["tiles"]) == 5  # kept for the next layer
+    monkeypatch.setattr(reference, "KEPT_SCORES", 0)
+    fresh = dataclasses.replace(rule)
+    assert torch.equal(attention(q, keys, v, fresh), tiled) and "tiles" not in fresh._cache
     seen = []
     monkeypatch.setattr(reference, "_tiled_attention", lambda *args: seen.append(1) or reference._dense_attention(*args))
     assert torch.equal(attention(q, keys, v, rule), tiled) and seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("t, heads, kv_heads", [(1, 4, 4), (7, 4, 2), (300, 4, 1)])
+def test_a_text_from_its_beginning(t, heads, kv_heads, dtype):
+    """A rule that says so gives what it gives without, gradients included."""
+    rule = random_rule(t, 0, 1, [0, 0])
+    tensors = qkv(t, 2, heads, kv_heads, 16, rule.num_keys, dtype)
+    tensors = [tensors[0], *(x.nan_to_num(0).clamp(-3, 3) for x in tensors[1:])]
+    causal = dataclasses.replace(rule, causal=True)
+    for plain, fast in zip(values_and_gradients(tensors, rule), values_and_gradients(tensors, causal), strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-5 if dtype is torch.float32 else 1e-2, atol=1e-5 if dtype is torch.float32 else 1e-2)
+    _, dq, dk, dv = values_and_gradients(tensors, causal, ntp_key_gradients=False)
+    assert torch.equal(dq, values_and_gradients(tensors, causal)[1]) and not dk.any() and not dv.any()
 
 
 def test_attention_gradients_of_a_whole_pass():
@@ -419,6 +465,13 @@ def test_rotary_embedding(leading, dtype):
     (gradient,) = torch.autograd.grad(rotary_embedding(leaf, cos, sin), leaf, upstream)
     inverse = formula(upstream, cos, -sin)  # the transposed rotation
     assert_within_budget(gradient, formula(upstream.double(), cos.double(), -sin.double()), inverse)
+
+    cos, sin = (randn(*leading, 16, seed=s, dtype=dtype) for s in (6, 7))  # any, not of angles
+    leaves = [x.to(kind).requires_grad_() for kind in (dtype, torch.float64, dtype)]
+    ys = rotary_embedding(leaves[0], cos, sin), *(x * cos.unsqueeze(-2) + x.roll(8, -1) * sin.unsqueeze(-2) for x in leaves[1:])
+    assert_within_budget(*(torch.autograd.grad(y, leaf, upstream.to(y.dtype))[0] for y, leaf in zip(ys, leaves, strict=True)))
+    sin[..., :8] = -sin[..., 8:]
+    cos[..., :8] = cos[..., 8:]
 
     norm, results = randn(3, 16, seed=5, dtype=dtype), []
     for kind, function in ((dtype, lambda *a: rotary_embedding(*a, norm, 0.5)), (torch.float64, None), (dtype, None)):
