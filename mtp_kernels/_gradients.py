@@ -121,12 +121,7 @@ class SwiGLU(torch.autograd.Function):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x cos + roll(x) sin, the roll one of half the last dimension."""
-    half, y = int(x.shape[-1]) // 2, x * cos
-    if torch.compiler.is_compiling():  # see times_
-        return torch.addcmul(y, x.roll(half, -1), sin)
-    y[..., :half].addcmul_(x[..., half:], sin[..., :half])
-    y[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return y
+    return torch.addcmul(x * cos, x.roll(int(x.shape[-1]) // 2, -1), sin)
 
 
 class Rotary(torch.autograd.Function):
