@@ -18,15 +18,7 @@ ds = 0 by selection and not by multiplication, for its k and v may be anything.
 import triton
 import triton.language as tl
 
-from mtp_kernels.triton._attention_forward import (
-    RULE_STRIDES,
-    allowed_keys,
-    load_keys,
-    load_rows,
-    mask_key_range,
-    seen_keys,
-    visible_keys,
-)
+from mtp_kernels.triton._attention_forward import RULE_STRIDES, allowed_keys, load_keys, load_rows, mask_key_range, packed_rows
 
 
 @triton.jit
@@ -64,16 +56,10 @@ def query_gradient_kernel(
     D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq and delta of one tile of packed rows. out, do, dq: (T, B, H, D) contiguous; delta: (T, B, H)."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    b = tl.program_id(1) // KV_HEADS
-    kv_head = tl.program_id(1) % KV_HEADS
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    t = row // GROUPS
-    inside = t < T
-    visible = visible_keys(t, b, T, num_keys, visible_ptr, mask_start_ptr, stride_visible_t, stride_visible_b, HAS_MASKS)
-    first = visible
-    if HAS_FIRST:
-        first, visible = seen_keys(t, b, T, num_keys, visible, first_ptr, stride_first_t, stride_first_b)
+    tile, b, kv_head, t, head, inside, first, visible = packed_rows(
+        T, num_keys, first_ptr, visible_ptr, mask_start_ptr, stride_first_t, stride_first_b, stride_visible_t, stride_visible_b,
+        HAS_FIRST, HAS_MASKS, KV_HEADS, GROUPS, BLOCK_M,
+    )  # fmt: skip
     most = tl.max(visible, 0)
     least = tl.min(tl.where(inside, visible, num_keys), 0)
 
@@ -81,7 +67,6 @@ def query_gradient_kernel(
     head64 = kv_head.to(tl.int64)
     k_ptr += b64 * stride_kb + head64 * stride_kh
     v_ptr += b64 * stride_vb + head64 * stride_vh
-    head = kv_head * GROUPS + row % GROUPS
     index = (t.to(tl.int64) * B + b) * (KV_HEADS * GROUPS) + head
     q = load_rows(q_ptr, t.to(tl.int64) * stride_qt + b64 * stride_qb + head * stride_qh, inside, D, BLOCK_D)
     do = load_rows(do_ptr, index * D, inside, D, BLOCK_D)

@@ -45,6 +45,25 @@ def seen_keys(t, b, T, num_keys, visible, first_ptr, stride_first_t, stride_firs
 
 
 @triton.jit
+def packed_rows(
+    T, num_keys, first_ptr, visible_ptr, mask_start_ptr, stride_first_t, stride_first_b, stride_visible_t, stride_visible_b,
+    HAS_FIRST: tl.constexpr, HAS_MASKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """A program's rows, those of a key head's group side by side: (tile, b, kv_head) and of each (t, head, inside, first, visible)."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last rows see most: they go first
+    b = tl.program_id(1) // KV_HEADS
+    kv_head = tl.program_id(1) % KV_HEADS
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    t = row // GROUPS
+    inside = t < T
+    visible = visible_keys(t, b, T, num_keys, visible_ptr, mask_start_ptr, stride_visible_t, stride_visible_b, HAS_MASKS)
+    first = visible
+    if HAS_FIRST:
+        first, visible = seen_keys(t, b, T, num_keys, visible, first_ptr, stride_first_t, stride_first_b)
+    return tile, b, kv_head, t, kv_head * GROUPS + row % GROUPS, inside, first, visible
+
+
+@triton.jit
 def mask_key_range(first, last, T, num_masks, block_size, WHOLE_BLOCKS: tl.constexpr):
     """[begin, end) of the mask keys that pass rows first..last may attend: all of them, or their blocks'."""
     start = T - num_masks
@@ -194,17 +213,11 @@ def attend_kernel(
     Pieces are numbered from first_piece on; the one behind the NTP keys' is the masks'. A piece of which no row of the tile
     sees a key is left unwritten. scale includes log2(e).
     """
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last rows see most: they go first
-    b = tl.program_id(1) // KV_HEADS
-    kv_head = tl.program_id(1) % KV_HEADS
+    tile, b, kv_head, t, head, inside, first, visible = packed_rows(
+        T, num_keys, first_ptr, visible_ptr, mask_start_ptr, stride_first_t, stride_first_b, stride_visible_t, stride_visible_b,
+        HAS_FIRST, HAS_MASKS, KV_HEADS, GROUPS, BLOCK_M,
+    )  # fmt: skip
     piece = first_piece + tl.program_id(2)
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    t = row // GROUPS
-    inside = t < T
-    visible = visible_keys(t, b, T, num_keys, visible_ptr, mask_start_ptr, stride_visible_t, stride_visible_b, HAS_MASKS)
-    first = visible
-    if HAS_FIRST:
-        first, visible = seen_keys(t, b, T, num_keys, visible, first_ptr, stride_first_t, stride_first_b)
     least = tl.min(tl.where(inside, visible, num_keys), 0)
 
     # Keys [begin, whole) every row may attend; [checked, end) need the rule, read from column `start`.
@@ -238,7 +251,6 @@ def attend_kernel(
 
     b64 = b.to(tl.int64)
     head64 = kv_head.to(tl.int64)
-    head = kv_head * GROUPS + row % GROUPS
     k_ptr += b64 * stride_kb + head64 * stride_kh
     v_ptr += b64 * stride_vb + head64 * stride_vh
     TAIL: tl.constexpr = D - BLOCK_D
@@ -326,16 +338,10 @@ def attend_whole_kernel(
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
     """One tile of packed rows over all of its pieces: bit for bit what `attend_kernel` and `merge_kernel` give, without the memory between them."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last rows see most: they go first
-    b = tl.program_id(1) // KV_HEADS
-    kv_head = tl.program_id(1) % KV_HEADS
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    t = row // GROUPS
-    inside = t < T
-    visible = visible_keys(t, b, T, num_keys, visible_ptr, mask_start_ptr, stride_visible_t, stride_visible_b, HAS_MASKS)
-    first = visible
-    if HAS_FIRST:
-        first, visible = seen_keys(t, b, T, num_keys, visible, first_ptr, stride_first_t, stride_first_b)
+    tile, b, kv_head, t, head, inside, first, visible = packed_rows(
+        T, num_keys, first_ptr, visible_ptr, mask_start_ptr, stride_first_t, stride_first_b, stride_visible_t, stride_visible_b,
+        HAS_FIRST, HAS_MASKS, KV_HEADS, GROUPS, BLOCK_M,
+    )  # fmt: skip
     most = tl.max(visible, 0)
     least = tl.min(tl.where(inside, visible, num_keys), 0)
     earliest = 0
@@ -346,7 +352,6 @@ def attend_whole_kernel(
 
     b64 = b.to(tl.int64)
     head64 = kv_head.to(tl.int64)
-    head = kv_head * GROUPS + row % GROUPS
     k_ptr += b64 * stride_kb + head64 * stride_kh
     v_ptr += b64 * stride_vb + head64 * stride_vh
     TAIL: tl.constexpr = D - BLOCK_D
