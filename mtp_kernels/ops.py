@@ -132,8 +132,11 @@ def _check_rule(rule: AttentionRule, t: int, b: int, device: torch.device) -> No
         check_integer(f"rule.{name}", getattr(rule, name), device)
     if not 0 <= rule.num_masks <= t:
         raise ValueError(f"rule.num_masks is {rule.num_masks}; accepted is 0 to T = {t}")
-    if rule.causal and (rule.num_masks or rule.first is not None):
-        raise ValueError(f"rule.causal is set with {rule.num_masks} masks{' and first' if rule.first is not None else ''}; accepted is neither of them")
+    if rule.causal and (rule.num_masks or rule.first is not None or rule.num_keys < t):
+        first = "no first" if rule.first is None else "a first"
+        raise ValueError(
+            f"rule.causal is set with num_masks {rule.num_masks}, {first} and num_keys {rule.num_keys}; accepted are 0, no first and T = {t} or more"
+        )
 
 
 def attention(

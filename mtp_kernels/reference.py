@@ -28,7 +28,7 @@ from mtp_kernels.types import AttentionRule, SamplerWeights, Sampling
 KEY_CHUNK = 256
 MIN_ROWS = 8
 ROW_TILE = 128
-KEPT_SCORES = 2**25
+KEPT_SCORES = 2**25  # rows x keys x heads of a long pass up to which its tiles are kept for all layers
 PART_SCORES = 2**19  # of mask rows alone, at a time on a CPU: 2 MiB, which its caches hold
 
 
@@ -197,7 +197,7 @@ def _tiled_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale
     tiles = rule._cache.get("tiles")
     if tiles is None:
         tiles = _tiles(rule)
-        if q.shape[2] * rule.visible.numel() * rule.num_keys <= KEPT_SCORES:  # what each of them keeps for all layers is half as much
+        if q.shape[2] * rule.visible.numel() * rule.num_keys <= KEPT_SCORES:  # each keeps what it adds to its scores
             rule._cache["tiles"] = tiles = list(tiles)
     return torch.cat([_dense_attention(q[rows], k[:, :, before:], v[:, :, before:], tile, scale) for rows, before, tile in tiles])
 

@@ -145,6 +145,7 @@ CASES = [
     ("attention", dict(rule=rule(num_masks=-1)), "num_masks is -1"),
     ("attention", dict(rule=rule(causal=True)), "rule.causal is set"),
     ("attention", dict(rule=rule(num_masks=0, first=integers(5, 2), causal=True)), "rule.causal is set"),
+    ("attention", dict(rule=rule(num_masks=0, num_keys=4, causal=True)), "num_keys 4; accepted"),
     ("attention", dict(rule=rule(num_keys=8)), "num_keys is 8"),
     ("attention", dict(rule=rule(num_keys=0)), "num_keys is 0"),
     ("rms_norm", dict(weight=zeros(3)), "weight has shape"),
