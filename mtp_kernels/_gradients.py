@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 def reciprocal_rms(x: Tensor, eps: float) -> Tensor:
     """(..., 1) of x (..., d), float32 or float64."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(int(x.shape[-1])).add_(eps).rsqrt_()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(torch.tensor(eps, dtype=x.dtype, device=x.device), norm, norm, value=1 / int(x.shape[-1])).rsqrt_()
 
 
 def times_(x: Tensor, y: Tensor) -> Tensor:

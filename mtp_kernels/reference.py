@@ -50,8 +50,9 @@ def gated_lora_linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     (*leading, width), (n, _) = _sizes(x), _sizes(weight)
-    rows = x.view(-1, width) if x.is_contiguous() else x.reshape(-1, width)
-    residual = None if residual is None else residual.reshape(-1, n)
+    flat = len(leading) == 1
+    rows = x if flat else x.reshape(-1, width)
+    residual = residual if flat or residual is None else residual.reshape(-1, n)
     if isinstance(gate, Tensor) and gate.dtype is not torch.bool:
         gate = int(gate)
     if gate is None or isinstance(gate, int) and gate >= rows.shape[0]:
@@ -67,7 +68,7 @@ def gated_lora_linear(
         else:
             on = gate.reshape(-1).nonzero().squeeze(1)
             y = y.index_add(0, on, F.linear(F.linear(rows[on], lora_a), lora_b), alpha=scale)
-    return y.view(*leading, n)
+    return y if flat else y.view(*leading, n)
 
 
 def gated_lora_swiglu(
@@ -128,8 +129,13 @@ def rotary_write(
     (t, b, heads, _), kv_heads = _sizes(qkv), int(keys.shape[2])
     qk, v = qkv.split([heads - kv_heads, kv_heads], dim=2)
     q, k = rotary_embedding(qk, cos, sin, norm, eps).split([heads - 2 * kv_heads, kv_heads], dim=2)
-    at = start.long() + torch.arange(t, device=qkv.device).unsqueeze(1), torch.arange(b, device=qkv.device)  # (T, B), (B,)
-    keys[at], values[at] = k, v
+    start = start if start.dtype is torch.int64 else start.long()  # not both: a trace takes a copy of itself for another tensor
+    column = start + torch.arange(t, device=qkv.device).unsqueeze(1)  # (T, B)
+    if b == 1:
+        keys.index_copy_(0, column.flatten(), k), values.index_copy_(0, column.flatten(), v)
+    else:
+        at = column, torch.arange(b, device=qkv.device)
+        keys[at], values[at] = k, v
     return q.contiguous()
 
 
@@ -230,7 +236,9 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale
         rule._cache[key] = [bias[..., piece] for piece in pieces]
     if columns > stored:
         k, v = (F.pad(x, (0, 0, 0, columns - stored)) for x in (k, v))
-    keys, values = (x.narrow(2, 0, columns).reshape(b * kv_heads, columns, d) for x in (k, v))
+    elif columns < stored:
+        k, v = k[:, :, :columns], v[:, :, :columns]
+    keys, values = (x.reshape(b * kv_heads, columns, d) for x in (k, v))
     packed = q.view(t, b, kv_heads, groups, d).permute(1, 2, 3, 0, 4).reshape(b * kv_heads, groups * t, d)
     if rows > groups * t:
         packed = F.pad(packed, (0, 0, 0, rows - groups * t))
@@ -245,7 +253,9 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale
         out = torch.bmm(probabilities[..., pieces[0]], values[:, pieces[0]])
         for piece in pieces[1:]:
             out = out + torch.bmm(probabilities[..., piece], values[:, piece])
-    out = out.narrow(1, 0, groups * t).view(b, kv_heads, groups, t, d)
+    if rows > groups * t:
+        out = out.narrow(1, 0, groups * t)
+    out = out.view(b, kv_heads, groups, t, d)
     return out.permute(3, 0, 1, 2, 4).reshape(t, b, h, d)
 
 

@@ -75,7 +75,7 @@ class DecoderLayer(nn.Module):
         return self._forward(x, rows, rotary, cache)
 
     def _forward(self, x: Tensor, rows: Rows, rotary: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
-        t, b, _ = map(int, x.shape)  # x: (T, B, d)
+        t, b = map(int, rows.ids.shape)  # x: (T * B, d)
         gate, heads = rows.gate, self.heads
         rotated = heads + self.kv_heads
         trained = torch.is_grad_enabled()
@@ -90,8 +90,8 @@ class DecoderLayer(nn.Module):
             q, k = qk.split([heads, self.kv_heads], 2)
             keys, values = cache.update(self.index, k, v, rows.start, keep=rows.num_ntp > 0)
         # Masks alone see NTP keys of a pass before theirs, which is a constant.
-        attended = self.operations.attention(q, keys, values, rows.rule, ntp_key_gradients=rows.num_ntp > 0).flatten(2)  # (T, B, H * D)
-        x = self.o_proj(attended, gate, x)
+        attended = self.operations.attention(q, keys, values, rows.rule, ntp_key_gradients=rows.num_ntp > 0)
+        x = self.o_proj(attended.reshape(t * b, -1), gate, x)
         if trained:  # SwiGLU's input has to be kept
             wide = through(self.post_norm, x, self.gate_up_proj, gate)
             return through(self.operations.swiglu, wide, self.down_proj, gate, x)

@@ -143,11 +143,11 @@ class MTPModel(nn.Module):
             raise ValueError(f"the pass has {rows.k} masks in a block; accepted are up to the adapter's {self.mtp.num_masks}")
         if self.mtp is not None and not self.mtp.gated:
             rows = replace(rows, gated=False)
-        x = self.embed_rows(rows)
+        x = self.embed_rows(rows).flatten(0, 1)
         cos, sin = self.operations.rotary_tables(rows.positions, self.frequencies, x.dtype)
         for layer in self.layers:
             x = layer(x, rows, (cos, sin), cache)
-        return self.norm(x)
+        return self.norm(x).view(*map(int, rows.ids.shape), -1)
 
     def logits(self, z: Tensor) -> Tensor:
         """(..., V) logits of hidden states (..., d)."""

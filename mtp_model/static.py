@@ -31,8 +31,11 @@ from mtp_model.model import MTPModel
 WARM_UPS = 2  # runs before a capture: kernels are compiled and memory is reserved in them
 KEPT, KEPT_BYTES = 32, 2**30  # steps kept per model, and bytes of their caches; two are kept whatever they need
 _TRACING = threading.Lock()  # a trace takes the parameters' requires_grad away meanwhile
-# torch.jit.trace keeps what it has traced, and every tensor in it, until the process ends; these two beneath it do not.
-TRACES = all(hasattr(torch._C, name) for name in ("_create_graph_by_tracing", "_create_function_from_graph"))
+# torch.jit.trace keeps what it has traced, and every tensor in it, until the process ends; those beneath it do not.
+TRACES = all(
+    hasattr(torch._C, name)
+    for name in ("_create_graph_by_tracing", "_jit_pass_constant_propagation", "_jit_pass_cse", "_create_function_from_graph")
+)
 
 
 def recordable(model: MTPModel) -> bool:
@@ -119,8 +122,11 @@ class StaticStep:
         return self.lengths, self.newest, self.room, self.drafts, self.counts, self.copied, self.finished, self.seeds, self.text
 
     @property
-    def _written(self) -> tuple[Tensor, ...]:
-        return *self.state, self.outcome, *(x for layer in range(self.model.config.num_hidden_layers) for x in self.cache.storage(layer))
+    def _changing(self) -> tuple[Tensor, ...]:
+        """All that a trace must not take for constants: what a step writes to, and the views of it that it reads."""
+        cache = self.cache
+        stored = (x for layer in range(self.model.config.num_hidden_layers) for x in cache.storage(layer))
+        return *self.state, self.outcome, *stored, *cache.keys, *cache.values
 
     def begin(
         self, lengths: list[int], newest: Tensor, drafts: Tensor | None, counts: list[int], room: list[int], finished: list[bool], seeds: list[int],
@@ -195,13 +201,13 @@ class StaticStep:
         if not recordable(self.model):
             self._step()
         elif key in self._recorded:
-            with torch.jit.optimized_execution(False):  # as recorded: no pass over the graph, which would cost more than it saves
-                self._recorded[key](*self._written)
+            with torch.jit.optimized_execution(False):  # no further pass over the graph, which would cost more than it saves
+                self._recorded[key](*self._changing)
         else:
             self._recorded[key] = self._trace()
 
     def _trace(self) -> Callable[..., object]:
-        """Run a step, and record it: a function of what the step writes to."""
+        """Run a step, and record it: a function of `_changing`."""
         with _TRACING:
             return self._traced()
 
@@ -213,7 +219,10 @@ class StaticStep:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", torch.jit.TracerWarning)  # that shapes are taken as constants, which they are here
-                graph, _ = torch._C._create_graph_by_tracing(lambda *_: self._step(), self._written, lambda _: "", True, False)
+                graph, _ = torch._C._create_graph_by_tracing(lambda *_: self._step(), self._changing, lambda _: "", True, False)
+                # What follows from constants alone is computed now, and what layers have in common once.
+                torch._C._jit_pass_constant_propagation(graph)
+                torch._C._jit_pass_cse(graph)
                 return torch._C._create_function_from_graph("step", graph)
         finally:
             for parameter in trained:
@@ -237,7 +246,8 @@ class StaticStep:
     def verify(self, layout: Layout) -> Tensor:
         """Hidden states of the newest token, its drafts and the masks behind them."""
         ids = torch.cat([self.newest.unsqueeze(0), self.drafts[:, : self.offered].t()])
-        rows = layout.at(ids, self.lengths, self.model.config.vocab_size, num_keys=self.columns or self.cache.columns)
+        start = self.lengths if self.overlaps else self.lengths.clone()  # of which a trace sees that it stays: layers' work with it is done once
+        rows = layout.at(ids, start, self.model.config.vocab_size, num_keys=self.columns or self.cache.columns)
         return self.model(rows, self.cache)
 
     def accept_and_commit(self, z: Tensor) -> Tensor:

@@ -169,11 +169,23 @@ def test_a_recorded_step_runs_without_python(toy_adapter_model, monkeypatch):
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
 
 
+def test_a_recorded_constant_is_nothing_that_changes(toy_adapter_model):
+    """What follows from constants is computed once: a view of the cache among them would do, a copy of it would go stale."""
+    model = toy_adapter_model(k=2)
+    generate(model, PROMPTS, mode="quadratic", lookup=3, max_new_tokens=5, static=True)
+    (step,) = model.kept_steps.values()
+    changing = {x.untyped_storage().data_ptr() for x in step._changing if x.numel()}
+    for recorded in step._recorded.values():
+        nodes = [node for node in recorded.graph.findAllNodes("prim::Constant") if node.hasAttribute("value")]  # None has none
+        constants = [node.t("value") for node in nodes if node.kindOf("value") == "t"]
+        assert constants and not changing & {x.untyped_storage().data_ptr() for x in constants}
+
+
 def test_a_dropped_step_is_freed(toy_adapter_model):
     model = toy_adapter_model(k=2)
     generate(model, PROMPTS, mode="quadratic", lookup=3, max_new_tokens=5, static=True)
     (step,) = model.kept_steps.values()
-    held = [weakref.ref(x) for x in (step.cache.keys[0], step._written[-1], step.text)]  # torch keeps the object while it needs the tensor
+    held = [weakref.ref(x) for x in (step.cache.keys[0], step._changing[-1], step.text)]  # torch keeps the object while it needs the tensor
     assert step._recorded and all(ref() is not None for ref in held)
     model.kept_steps.clear()
     del step
