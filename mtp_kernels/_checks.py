@@ -34,3 +34,8 @@ def check_integer(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} has dtype {tensor.dtype}; accepted are torch.int32 and torch.int64")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}; accepted is the other arguments' device, {device}")
+
+
+def check_exactly(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if tensor.dtype != dtype or tensor.device != device:
+        raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; accepted is {dtype} on {device}")

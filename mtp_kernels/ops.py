@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtp_kernels import _sampling, reference
-from mtp_kernels._checks import check_floating, check_integer, check_shape, shape_of
+from mtp_kernels._checks import check_exactly, check_floating, check_integer, check_shape, shape_of
 from mtp_kernels._choice import choose
 from mtp_kernels._choice import unchecked as unchecked
 from mtp_kernels.types import AttentionRule, SamplerWeights, Sampling
@@ -464,8 +464,7 @@ def sampling_keys(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     Raises ValueError for tensors that are not int64, or on different devices, and for a vocabulary below 1.
     """
     for name, tensor in (("seeds", seeds), ("positions", positions)):
-        if tensor.dtype != torch.int64 or tensor.device != seeds.device:
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; accepted is torch.int64 on {seeds.device}")
+        check_exactly(name, tensor, torch.int64, seeds.device)
     if vocab_size < 1:
         raise ValueError(f"vocab_size is {vocab_size}; accepted is 1 or more")
     return _sampling.sampling_keys(seeds, positions, vocab_size)
@@ -473,8 +472,7 @@ def sampling_keys(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 
 def _check_keys(keys: Tensor, expected: tuple[int, ...], device: torch.device) -> None:
     check_shape("keys", keys, expected, "a key for each token")
-    if keys.dtype != torch.int64 or keys.device != device:
-        raise ValueError(f"keys is {keys.dtype} on {keys.device}; accepted is torch.int64 on {device}")
+    check_exactly("keys", keys, torch.int64, device)
 
 
 def linear_sample(hidden: Tensor, weight: Tensor, keys: Tensor, sampling: Sampling, *, implementation: str | None = None) -> Tensor:
@@ -551,7 +549,49 @@ def accept_and_commit(
         if name != "counts" and not tensor.is_contiguous():
             raise ValueError(f"{name} has stride {tensor.stride(0)}; accepted is contiguous memory, for it is written in place")
     for name, tensor in (each | {"drafts": drafts, "predictions": predictions, "eos": eos}).items():
-        dtype = torch.bool if name == "finished" else torch.int64
-        if tensor.dtype != dtype or tensor.device != drafts.device:
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; accepted is {dtype} on {drafts.device}")
+        check_exactly(name, tensor, torch.bool if name == "finished" else torch.int64, drafts.device)
     return compute(drafts, predictions, counts, lengths, room, finished, eos)
+
+
+def drafting_states(
+    z: Tensor, anchors: Tensor, accepted: Tensor, k: int, without: Tensor | None = None, *, implementation: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The states of the first block of masks that stands behind each sequence's last accepted row, from which the next drafts are made.
+
+    z: (T, B, d), T = N + A k: N rows of tokens, then A blocks of k masks. anchors: (A, B) int64, the row that each block stands behind, in any
+    order. accepted: (B,) int64. without: (B,) bool, sequences that are to have no drafts; default none.
+    Returns (states (B, k, d), counts (B,) int64): counts is k, or 0 where no block stands behind the row or none is wanted, and the
+    states are then those of some block. Not differentiable. Raises ValueError for other shapes, dtypes or devices.
+    """
+    compute = choose(implementation, "drafting_states", z.device)
+    check_floating("z", z)
+    if type(k) is not int or k < 1:
+        raise ValueError(f"k is {k!r}; accepted is an int from 1")
+    if z.ndim != 3 or anchors.ndim != 2 or not anchors.shape[0] or anchors.shape[1] != z.shape[1] or z.shape[0] < anchors.shape[0] * k:
+        raise ValueError(f"z has shape {shape_of(z)} and anchors {shape_of(anchors)}; accepted are (N + A k, B, d) and (A, B) with A from 1, k = {k}")
+    each = {"anchors": anchors, "accepted": accepted} | ({} if without is None else {"without": without})
+    for name, tensor in each.items():
+        if name != "anchors":
+            check_shape(name, tensor, (z.shape[1],), "(B,)")
+        check_exactly(name, tensor, torch.bool if name == "without" else torch.int64, z.device)
+    return compute(z, anchors, accepted, k, without)
+
+
+def lookup_drafts(text: Tensor, newest: Tensor, tokens: int, match: int = 2, *, implementation: str | None = None) -> tuple[Tensor, Tensor]:
+    """Drafts copied from each text itself: what followed the last place at which its newest `match` tokens stood before (Saxena 2023).
+
+    text: (B, S) int64, tokens at their positions. newest: (B,) int64, the position of each text's newest token, 0 to S - 1; what stands behind
+    it is not looked at. tokens, match: 1 to 16. Returns (drafts (B, tokens) int64, found (B,) bool). A copy that comes to the newest token
+    goes on where it began, for a text that repeats itself with this period. Where nothing was found the drafts are some tokens of the text.
+    Raises ValueError for other shapes, dtypes, devices or numbers.
+    """
+    compute = choose(implementation, "lookup_drafts", text.device)
+    for name, value in (("tokens", tokens), ("match", match)):
+        if type(value) is not int or not 1 <= value <= 16:
+            raise ValueError(f"{name} is {value!r}; accepted are 1 to 16")
+    if text.ndim != 2 or not text.shape[1]:
+        raise ValueError(f"text has shape {shape_of(text)}; accepted is (B, S) with S from 1")
+    check_shape("newest", newest, (text.shape[0],), "(B,)")
+    for name, tensor in (("text", text), ("newest", newest)):
+        check_exactly(name, tensor, torch.int64, text.device)
+    return compute(text, newest, tokens, match)

@@ -463,3 +463,23 @@ def accept_and_commit(
     finished.logical_or_((end < written) | (room == 0))
     lengths.add_((accepted + 1).masked_fill(finished, 0))
     return accepted, following, written
+
+
+def drafting_states(z: Tensor, anchors: Tensor, accepted: Tensor, k: int, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    behind = anchors == accepted  # (A, B)
+    if without is not None:
+        behind = behind & ~without
+    first = int(z.shape[0]) - int(anchors.shape[0]) * k + behind.to(torch.int64).argmax(0) * k
+    index = first.unsqueeze(1) + torch.arange(k, device=z.device)  # (B, k)
+    return z[index, torch.arange(int(z.shape[1]), device=z.device).unsqueeze(1)], behind.any(0) * k
+
+
+def lookup_drafts(text: Tensor, newest: Tensor, tokens: int, match: int = 2) -> tuple[Tensor, Tensor]:
+    position = torch.arange(int(text.shape[1]), device=text.device)
+    same = (position >= match - 1) & (position < newest.unsqueeze(1))  # (B, S): places at which the matching tokens may end
+    for i in range(match):
+        token = text.gather(1, (newest - i).clamp(min=0).unsqueeze(1))
+        same = same & (text == token).roll(i, 1)  # what comes around stands below match - 1
+    place = torch.where(same, position, -1).amax(1)
+    ahead = torch.arange(tokens, device=text.device) % (newest - place).unsqueeze(1)
+    return text.gather(1, place.unsqueeze(1) + 1 + ahead), place >= 0

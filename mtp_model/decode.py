@@ -20,7 +20,7 @@ from mtp_model.cache import KVCache
 from mtp_model.layout import MODES, Layout, prefill_layout
 from mtp_model.lookup import lookup_of
 from mtp_model.model import MTPModel
-from mtp_model.static import StaticStep, StepOptions, drafting_states, keep_step, recordable, take_step
+from mtp_model.static import StaticStep, StepOptions, keep_step, recordable, take_step
 
 SEEDS = 2**63
 
@@ -311,20 +311,21 @@ class Decoding:
         if all(self.finished):
             return drafts, counts, copied
         began = time.perf_counter()
+        operations = self.model.operations
         if layout.num_blocks:
-            behind = options.blocks_behind(layout, accepted, torch.tensor(copied, device=device))
-            counts = [self.k * has for has in behind.any(0).tolist()]
+            without = options.without_blocks(torch.tensor(copied, device=device))
+            states, found = operations.drafting_states(z, layout.anchors, accepted, self.k, without)
+            counts = found.tolist()
         if any(counts):
             keys = self._keys([p + 1 for p in position], self.k)
             drafts[:, : self.k] = self.model.draft(
-                drafting_states(layout, z, behind), newest, options.use_sampler, options.draft_candidates, options.sampling,
-                None if keys is None else keys.t(),
-            )  # fmt: skip
+                states, newest, options.use_sampler, options.draft_candidates, options.sampling, None if keys is None else keys.t()
+            )
         if options.lookup:
             texts, count = self._texts(), options.lookup.tokens
             ends = torch.tensor([len(text) - 1 for text in texts], device=device)
             padded = torch.tensor([text + [0] * (int(ends.max()) + 1 - len(text)) for text in texts], device=device)
-            found_drafts, found = options.lookup.drafts(padded, ends)
+            found_drafts, found = operations.lookup_drafts(padded, ends, count, options.lookup.match)
             copied = [has and not done for has, done in zip(found.tolist(), self.finished, strict=True)]  # rows take time
             for b in range(batch):
                 if copied[b]:

@@ -113,20 +113,14 @@ class Layout:
         return None if self.first is None else self.first.gather(0, self.row_of)
 
     @cached_property
-    def position_offset(self) -> Tensor:
-        """(T, B) position minus n."""
-        offset = self.row_of + self.slot.unsqueeze(1)
-        return offset if self.document is None else offset - self.document
-
-    @cached_property
-    def visible_offset(self) -> Tensor:
-        """(T, B) number of visible NTP keys minus n."""
-        return self.row_of + 1
+    def ahead(self) -> Tensor:
+        """(T, 1) position minus the number of visible NTP keys: -1 for NTP rows, 0 for first masks."""
+        return (self.slot - 1).unsqueeze(1)
 
     def anchored(self, anchors: Tensor) -> "Layout":
         """The same rows with the blocks after other anchors, (A, B)."""
         other = replace(self, anchors=anchors)
-        other.__dict__.update(block=self.block, slot=self.slot, ntp_row=self.ntp_row)
+        other.__dict__.update(block=self.block, slot=self.slot, ntp_row=self.ntp_row, ahead=self.ahead)
         return other
 
     def at(self, ids: Tensor, start: list[int] | Tensor, vocab_size: int = 0, num_keys: int | None = None) -> "Rows":
@@ -146,15 +140,19 @@ class Layout:
             mask_ids = (self.slot[self.num_ntp :] + (vocab_size - 1)).unsqueeze(1).expand(-1, self.batch)
             ids = torch.cat([ids, mask_ids])
         if on_device:
-            n, mask_start = start, start + self.num_ntp
+            n = start
         else:
             n = start[0] if len(set(start)) == 1 else torch.tensor(start, device=self.anchors.device)
             start, mask_start = tuple(start), tuple(s + self.num_ntp for s in start)
             num_keys = max(mask_start) + self.num_masks
+        visible = self.row_of + (n + 1)
+        positions = visible + self.ahead
+        if on_device:
+            mask_start = visible[self.num_ntp - 1]  # as many as the last NTP row sees
         return Rows(
             ids=ids,
-            positions=self.position_offset + n,
-            visible=self.visible_offset + n,
+            positions=positions if self.document is None else positions - self.document,
+            visible=visible,
             first=self.document,
             block=self.block,
             slot=self.slot,

@@ -19,7 +19,7 @@ class MTPModel(nn.Module):
 
     `forward` takes the `Rows` of any pass and a cache and returns hidden states after the final norm, (T, B, d).
     Base parameters are frozen; the adapter's require gradients (the masks by option). implementation: see `use`.
-    kept_steps: decoding steps kept for the next text, see `mtp_model.static`.
+    kept_steps: decoding steps kept for the next text, see `mtp_model.static`. rotations: (P, 2 D), rotary tables of positions 0 to P - 1.
     """
 
     def __init__(self, config: ModelConfig, device=None, dtype: torch.dtype | None = None, implementation: str | None = None):
@@ -49,7 +49,7 @@ class MTPModel(nn.Module):
         """
         if implementation is not None and self.device.type != "meta":
             swiglu(torch.zeros(1, 2, device=self.device), implementation=implementation)  # says why, if it cannot
-        self.kept_steps = {}
+        self.kept_steps, self.rotations = {}, None
         self.implementation, self.operations = implementation, unchecked(implementation, self.device)  # every shape follows from the config
         for module in self.modules():
             if hasattr(module, "operations"):
@@ -57,7 +57,8 @@ class MTPModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"kept_steps": {}}  # a copy has other tensors than those that a captured step works on
+        # A copy has other tensors than those that a captured step works on.
+        return self.__dict__ | {"kept_steps": {}, "rotations": None}
 
     def _apply(self, fn, recurse=True):  # .to(), .cuda() and their like: the device may be another
         super()._apply(fn, recurse)
@@ -136,6 +137,16 @@ class MTPModel(nn.Module):
         masks = masks.unsqueeze(1).expand(-1, rows.ids.shape[1], -1)
         return torch.cat([F.embedding(rows.ids[:n], self.embed), masks])
 
+    def rotary(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """(T, B, D) each, the rows of `ops.rotary_tables` at the pass's positions, which are all below its num_keys."""
+        kept, least = self.rotations, rows.num_keys
+        if kept is None or kept.shape[0] < least or kept.dtype is not self.dtype:
+            with torch.inference_mode(False):  # training takes them too
+                positions = torch.arange(1 << (least - 1).bit_length(), device=self.device)
+                kept = torch.cat(self.operations.rotary_tables(positions, self.frequencies, self.dtype), -1)
+            self.rotations = kept
+        return F.embedding(rows.positions, kept).chunk(2, -1)
+
     def forward(self, rows: Rows, cache: KVCache) -> Tensor:
         if rows.num_masks and self.mtp is None:
             raise ValueError("the pass has mask rows and the model no adapter; add_adapter() or load_adapter() gives it one")
@@ -144,9 +155,9 @@ class MTPModel(nn.Module):
         if self.mtp is not None and not self.mtp.gated:
             rows = replace(rows, gated=False)
         x = self.embed_rows(rows).flatten(0, 1)
-        cos, sin = self.operations.rotary_tables(rows.positions, self.frequencies, x.dtype)
+        rotary = self.rotary(rows)
         for layer in self.layers:
-            x = layer(x, rows, (cos, sin), cache)
+            x = layer(x, rows, rotary, cache)
         return self.norm(x).view(*map(int, rows.ids.shape), -1)
 
     def logits(self, z: Tensor) -> Tensor:

@@ -69,14 +69,13 @@ class StepOptions:
     def masks_behind_copies(self) -> bool:
         return self.mode != "linear"
 
+    def without_blocks(self, copied: Tensor) -> Tensor | None:
+        """(B,) which sequences' blocks are not to be drafted from, given whether their drafts were copied; None: every block is."""
+        return None if self.masks_behind_copies or not self.lookup else copied
+
     def layout(self, drafts: tuple[int, ...], masked: bool = True, device: str = "cpu") -> Layout:
         """Of a step with so many drafts for each sequence. masked: with its mode's masks."""
         return decoding_layout(self.mode if masked else MODES[0], self.k, drafts, device)
-
-    def blocks_behind(self, layout: Layout, accepted: Tensor, copied: Tensor) -> Tensor:
-        """(A, B) which blocks stand behind each sequence's row `accepted` (B,) and may be drafted from; copied: (B,) whether its drafts were."""
-        behind = layout.anchors == accepted
-        return behind if self.masks_behind_copies else behind & ~copied
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class StaticStep:
         self.finished, self.copied = (torch.zeros(batch, dtype=torch.bool, device=device) for _ in range(2))
         self.text = torch.zeros(batch, self.cache.columns if options.lookup else 0, dtype=ids, device=device)
         self.eos = torch.tensor(sorted(options.eos), dtype=ids, device=device)
-        self.outcome = torch.zeros(batch, self.most + 4, dtype=ids, device=device)  # predictions | accepted, written, counts
+        self.outcome = torch.zeros(batch, self.most + 4, dtype=ids, device=device)  # accepted, written, counts, predictions
         self.overlaps = device.type == "cuda"  # whether a run may be begun before the one before it is read
         self.columns: int | None = None  # that a run looks at; None: all of the cache's
         self.offered, self.masked = self.most, bool(self.k)  # how many drafts a run has rows for, and whether it has masks
@@ -187,7 +186,8 @@ class StaticStep:
         with torch.cuda.graph(graph, stream=stream):
             self._step()
         # A graph knows addresses and keeps nothing alive: parameters may be replaced, and what was made of them dropped.
-        self._held = [*self.model.parameters(), *(module._prepared for module in self.model.modules() if isinstance(module, GatedLoRALinear))]
+        made = (module._prepared for module in self.model.modules() if isinstance(module, GatedLoRALinear))
+        self._held = [*self.model.parameters(), self.model.rotations, *made]
         return graph
 
     def _run_on_host(self) -> None:
@@ -256,14 +256,11 @@ class StaticStep:
         predictions = self.model.next_tokens(z[:rows], self.options.sampling, self._keys(rows)).t()  # (B, rows)
         if self.options.lookup:  # behind the newest token; what is not accepted is overwritten
             self.text.scatter_(1, self.lengths.unsqueeze(1) + torch.arange(1, rows + 1, device=z.device), predictions)
-        self.outcome[:, -1] = self.counts
         accepted, newest, written = self.model.operations.accept_and_commit(
             self.drafts[:, : self.offered], predictions, self.counts, self.lengths, self.room, self.finished, self.eos
         )
         self.newest.copy_(newest)
-        self.outcome[:, :rows] = predictions
-        self.outcome[:, -3] = accepted
-        self.outcome[:, -2] = written
+        torch.cat([*(x.unsqueeze(1) for x in (accepted, written, self.counts)), predictions], 1, out=self.outcome[:, : rows + 3])
         return accepted
 
     def _keys(self, count: int) -> Tensor | None:
@@ -272,27 +269,26 @@ class StaticStep:
 
     def draft(self, layout: Layout, z: Tensor, accepted: Tensor) -> None:
         """New drafts: copied from the text where it can be, else from the block behind the last accepted token, where there is one."""
-        options = self.options
+        options, operations = self.options, self.model.operations
         if layout.num_blocks:
-            behind = options.blocks_behind(layout, accepted, self.copied)
-            states = drafting_states(layout, z, behind)
+            states, counts = operations.drafting_states(z, layout.anchors, accepted, self.k, options.without_blocks(self.copied))
             keys = self._keys(self.k)
             self.drafts[:, : self.k] = self.model.draft(
                 states, self.newest, options.use_sampler, options.draft_candidates, options.sampling, None if keys is None else keys.t()
             )
-            self.counts.copy_(behind.any(0) * self.k)
+            self.counts.copy_(counts)
         elif options.lookup:
             self.counts.zero_()
         if options.lookup:
-            copied, found = options.lookup.drafts(self.text, self.lengths)
             count = options.lookup.tokens
+            copied, found = operations.lookup_drafts(self.text, self.lengths, count, options.lookup.match)
             self.drafts[:, :count] = torch.where(found.unsqueeze(1), copied, self.drafts[:, :count])
             self.counts.masked_fill_(found, count)
             self.copied.copy_(found)
 
     def _read(self, outcome: Tensor) -> Outcome:
         rows = outcome.tolist()
-        return Outcome([row[: row[-2]] for row in rows], [row[-3] for row in rows], [row[-1] for row in rows])
+        return Outcome([row[3 : 3 + row[1]] for row in rows], [row[0] for row in rows], [row[2] for row in rows])
 
 
 def _key(model: MTPModel, batch: int, options: StepOptions) -> tuple:
@@ -318,10 +314,3 @@ def keep_step(step: StaticStep) -> None:
         del kept[key]
     while len(kept) > KEPT or len(kept) > 2 and sum(each.cache.bytes for each in kept.values()) > KEPT_BYTES:
         del kept[next(iter(kept))]
-
-
-def drafting_states(layout: Layout, z: Tensor, behind: Tensor) -> Tensor:
-    """The states (B, k, d) of the first block behind each sequence's last accepted row; of a sequence without one any block's."""
-    first = layout.num_ntp + behind.to(torch.int64).argmax(0) * layout.k
-    index = first.unsqueeze(1) + torch.arange(layout.k, device=z.device)  # (B, k)
-    return z[index, torch.arange(z.shape[1], device=z.device).unsqueeze(1)]

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mtp_model.decode
+from mtp_kernels import lookup_drafts
 from mtp_model import Decoding, generate
 from mtp_model.layout import MODES
 from mtp_model.lookup import Lookup
@@ -33,7 +34,8 @@ def test_against_a_loop(data):
     texts = data.draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=20), min_size=1, max_size=4))
     width = max(map(len, texts)) + data.draw(st.integers(0, 3))
     padded = torch.tensor([text + data.draw(st.lists(st.integers(0, 2), min_size=width - len(text), max_size=width - len(text))) for text in texts])
-    drafts, found = lookup.drafts(padded, torch.tensor([len(text) - 1 for text in texts]))
+    newest = torch.tensor([len(text) - 1 for text in texts])
+    drafts, found = lookup_drafts(padded, newest, lookup.tokens, lookup.match)
     assert drafts.shape == (len(texts), lookup.tokens) and drafts.dtype == torch.int64
     expected = [copied(text, lookup.tokens, lookup.match) for text in texts]
     assert found.tolist() == [each is not None for each in expected]

@@ -59,12 +59,16 @@ def valid(name):
             drafts=integers(2, 3), predictions=integers(2, 4), counts=integers(2), lengths=integers(2), room=integers(2) + 5,
             finished=torch.zeros(2, dtype=torch.bool), eos=integers(1),
         ),
+        "drafting_states": lambda: dict(
+            z=zeros(7, 2, 4), anchors=integers(2, 2), accepted=integers(2), k=3, without=torch.zeros(2, dtype=torch.bool)
+        ),
+        "lookup_drafts": lambda: dict(text=integers(2, 5), newest=integers(2), tokens=3, match=2),
     }[name]()  # fmt: skip
 
 
 OPS = ["gated_lora_linear", "attention", "rms_norm", "rotary_frequencies", "rotary_tables", "rotary_embedding",
        "rotary_write", "linear_argmax", "swiglu", "sampler_hidden", "sampler_draft", "linear_cross_entropy", "latent_consistency",
-       "accept", "accept_and_commit", "linear_sample", "sampling_keys"]  # fmt: skip
+       "accept", "accept_and_commit", "drafting_states", "lookup_drafts", "linear_sample", "sampling_keys"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -271,6 +275,25 @@ CASES = [
     ("accept_and_commit", dict(finished=integers(2)), "finished is torch.int64 .* accepted is torch.bool"),
     ("accept_and_commit", dict(lengths=integers(2).int()), "lengths is torch.int32 .* accepted is torch.int64"),
     ("accept_and_commit", dict(eos=integers(1, device=META)), "eos is torch.int64 on meta"),
+    ("drafting_states", dict(k=0), "k is 0"),
+    ("drafting_states", dict(k=4), "z has shape .* accepted are"),
+    ("drafting_states", dict(z=zeros(7, 4)), "z has shape"),
+    ("drafting_states", dict(anchors=integers(2, 3)), "anchors"),
+    ("drafting_states", dict(anchors=integers(0, 2)), "A from 1"),
+    ("drafting_states", dict(accepted=integers(3)), "accepted has shape"),
+    ("drafting_states", dict(without=torch.zeros(3, dtype=torch.bool)), "without has shape"),
+    ("drafting_states", dict(without=integers(2)), "without is torch.int64 .* accepted is torch.bool"),
+    ("drafting_states", dict(anchors=integers(2, 2).int()), "anchors is torch.int32 .* accepted is torch.int64"),
+    ("drafting_states", dict(accepted=integers(2, device=META)), "accepted is torch.int64 on meta"),
+    ("drafting_states", dict(z=integers(7, 2, 4)), "z has dtype"),
+    ("lookup_drafts", dict(tokens=17), "tokens is 17"),
+    ("lookup_drafts", dict(match=0), "match is 0"),
+    ("lookup_drafts", dict(match=2.0), "match is 2.0"),
+    ("lookup_drafts", dict(text=integers(2)), "text has shape"),
+    ("lookup_drafts", dict(text=integers(2, 0)), "S from 1"),
+    ("lookup_drafts", dict(newest=integers(3)), "newest has shape"),
+    ("lookup_drafts", dict(text=integers(2, 5).int()), "text is torch.int32 .* accepted is torch.int64"),
+    ("lookup_drafts", dict(newest=integers(2, device=META)), "newest is torch.int64 on meta"),
     ("accept", dict(drafts=integers(3)), "drafts has shape"),
     ("accept", dict(predictions=integers(2, 3)), "predictions has shape"),
     ("accept", dict(counts=integers(3)), "counts has shape"),

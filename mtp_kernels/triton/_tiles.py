@@ -220,6 +220,12 @@ def shortlist_tiles(candidates: int, k: int) -> tuple[int, int, int]:
     return min(4, next_power_of_2(candidates)), min(1024, max(32, next_power_of_2(k))), 4
 
 
+def lookup_tiles(columns: int) -> tuple[int, int]:
+    """(block_s, num_warps) of a search through a text: a program has a whole sequence, so each round trip to memory takes many tokens."""
+    block_s = min(4096, max(32, next_power_of_2(columns)))
+    return block_s, max(1, block_s // 512)
+
+
 # ---- norm, rotary, SwiGLU
 
 
