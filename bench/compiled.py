@@ -203,6 +203,18 @@ def commit_case(b: int, k: int, ends: int):
     return run
 
 
+def drafting_case(b: int, blocks: int, k: int, d: int, dtype: torch.dtype, without: bool):
+    def run():
+        anchors, accepted = empty(blocks, b, dtype=torch.int64), empty(b, dtype=torch.int64)
+        kernels.drafting_states(empty(blocks * (k + 1), b, d, dtype=dtype), anchors, accepted, k, empty(b, dtype=torch.bool) if without else None)
+
+    return run
+
+
+def lookup_case(b: int, columns: int, tokens: int, match: int):
+    return lambda: kernels.lookup_drafts(empty(b, columns, dtype=torch.int64), empty(b, dtype=torch.int64), tokens, match)
+
+
 def cross_entropy_case(m: int, v: int, dtype: torch.dtype, teacher: bool, grad: bool):
     """A narrow hidden state: the library's products do run, on a CPU."""
 
@@ -229,6 +241,11 @@ CASES: list[Case] = [
     Case("accept_and_commit", "4 x 8, 3 ends", commit_case(4, 8, 3), quick=True),
     Case("accept_and_commit", "1 x 0, 1 end", commit_case(1, 0, 1)),
     Case("accept_and_commit", "64 x 16, 9 ends", commit_case(64, 16, 9)),
+    Case("drafting_states", "4 x 8 x 4096 bfloat16, quadratic", drafting_case(4, 9, 8, 4096, BF16, False), quick=True),
+    Case("drafting_states", "1 x 1 x 2880 float32, linear", drafting_case(1, 1, 1, 2880, FP32, True)),
+    Case("drafting_states", "16 x 16 x 2048 float16, linear", drafting_case(16, 1, 16, 2048, FP16, True)),
+    Case("lookup_drafts", "4 x 8192, 10 tokens behind 2", lookup_case(4, 8192, 10, 2), quick=True),
+    Case("lookup_drafts", "1 x 256, 16 tokens behind 16", lookup_case(1, 256, 16, 16)),
     *(Case("accept", f"{b} x {k} {str(dtype)[6:]}", accept_case(b, k, dtype, False)) for b, k, dtype in ((1, 0, torch.int64), (100, 16, torch.int32))),
     *(
         Case(

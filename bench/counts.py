@@ -109,6 +109,16 @@ def accept_and_commit(b: int, k: int, ends: int) -> Count:
     return Count(8 * (b * (2 * k + 1) + b + ends + 4 * b + 3 * b) + 2 * b, b * k + b * (k + 1) * ends)
 
 
+def drafting_states(k: int, blocks: int, d: int, itemsize: int) -> Count:
+    """One sequence: k states read and written; int64 anchors and the accepted row read, the number of drafts written. A comparison per block."""
+    return Count(2 * k * d * itemsize + 8 * (blocks + 2), blocks)
+
+
+def lookup_drafts(b: int, tokens: int, searched: int, match: int) -> Count:
+    """b sequences of int64: the text and where it ends read, the copied tokens read again and written, and a flag. `match` comparisons per place."""
+    return Count(8 * b * (searched + 1 + 2 * tokens) + b, b * searched * match)
+
+
 def linear_argmax(m: int, vocab: int, d: int, itemsize: int, drawn: bool = False) -> Count:
     """No logits are written: their argmax is the product's epilogue, as is the noise of drawn tokens, for which a key is read."""
     return Count((vocab * d + m * d) * itemsize + 8 * m * (1 + drawn), 2 * m * vocab * d)

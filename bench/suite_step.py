@@ -1,4 +1,4 @@
-"""The suites of a decoding step's small operations: rotation into the cache, greedy tokens, and what becomes of the drafts."""
+"""The suites of a decoding step's small operations: rotation into the cache, greedy tokens, what becomes of drafts and what the next come from."""
 
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -11,6 +11,7 @@ from bench import counts
 from bench.cases import COMPILED, EAGER, OURS, Case, Model, Provider, Scope, Setting, compiled, random_tensors
 from mtp_kernels import Sampling, ops, reference
 from mtp_kernels._sampling import gumbel
+from mtp_model.layout import decoding_layout
 
 COLUMNS = 2048  # of the cache, which begins to be written in its middle
 DRAFTS, VOCABULARY, ENDS = 8, 128_256, (128_001, 128_009)  # Llama 3's; what accepting takes does not depend on them
@@ -195,3 +196,66 @@ def accept_and_commit(model: Model, settings: Iterable[Setting], scope: Scope) -
             "accept_and_commit", "any model", "accept_and_commit", f"{DRAFTS} drafts", Setting("sequences", s.rows, 0), 0, False, count,
             partial(_make_accept, s.rows), _competitors(accept_eager, accept_ours), (), (), mutates=("lengths", "room", "finished"),
         )  # fmt: skip
+
+
+# ---- what the next drafts come from
+
+
+def states_eager(i: dict) -> tuple[Tensor, ...]:
+    return reference.drafting_states(i["z"], i["anchors"], i["accepted"], i["k"])
+
+
+def states_ours(i: dict) -> tuple[Tensor, ...]:
+    return ops.drafting_states(i["z"], i["anchors"], i["accepted"], i["k"], implementation="triton")
+
+
+def _make_states(s: Setting, d: int, device: torch.device, dtype: torch.dtype) -> dict:
+    """The states of a step of one sequence, all of whose drafts are accepted."""
+    anchors = decoding_layout(s.mode, s.k, (s.k,), str(device)).anchors
+    return dict(z=random_tensors(device, dtype)(s.rows, 1, d), anchors=anchors, accepted=torch.tensor([s.k], device=device), k=s.k)
+
+
+def drafting_states(model: Model, settings: Iterable[Setting], scope: Scope) -> Iterator[Case]:
+    for s in scope.decoding(settings):
+        if not s.k:
+            continue
+
+        def count(itemsize, adapter, s=s):
+            return counts.drafting_states(s.k, (s.rows - s.k - 1) // s.k, model.hidden, itemsize)
+
+        yield Case(
+            "drafting_states", model.name, "drafting_states", f"{s.k} x {model.hidden}", Setting("rows", s.rows, 0), 0, False, count,
+            partial(_make_states, s, model.hidden), _competitors(states_eager, states_ours), (), (),
+        )  # fmt: skip
+
+
+COPIED, MATCH = 10, 2
+
+
+def lookup_eager(i: dict) -> tuple[Tensor, ...]:
+    return reference.lookup_drafts(i["text"], i["newest"], COPIED, MATCH)
+
+
+def lookup_ours(i: dict) -> tuple[Tensor, ...]:
+    return ops.lookup_drafts(i["text"], i["newest"], COPIED, MATCH, implementation="triton")
+
+
+def _make_lookup(tokens: int, device: torch.device, dtype: torch.dtype) -> dict:
+    """The longest search: the newest tokens stood nowhere but at the beginning."""
+    text = torch.arange(tokens, device=device)
+    text[-MATCH:] = text[:MATCH]
+    return dict(text=text.unsqueeze(0), newest=torch.tensor([tokens - 1], device=device))
+
+
+def lookup_drafts(model: Model, settings: Iterable[Setting], scope: Scope) -> Iterator[Case]:
+    """No model's shapes matter but the lengths that it is measured with."""
+    for s in scope.decoding(settings)[:1]:
+        for tokens in scope.lengths(model.contexts):
+
+            def count(itemsize, adapter, tokens=tokens):
+                return counts.lookup_drafts(1, COPIED, tokens, MATCH)
+
+            yield Case(
+                "lookup_drafts", "any model", "lookup_drafts", f"{COPIED} of {tokens} tokens", Setting("sequences", s.rows, 0), 0, False, count,
+                partial(_make_lookup, tokens), _competitors(lookup_eager, lookup_ours), (), (),
+            )  # fmt: skip

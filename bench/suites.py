@@ -14,7 +14,7 @@ from bench import counts
 from bench.cases import BASE, COMPILED, EAGER, FUSED, GATHER, LOSS, OURS, Case, Model, Provider, Scope, Setting, compiled, random_tensors
 from bench.suite_attention import attention
 from bench.suite_sampler import sampler_draft
-from bench.suite_step import accept_and_commit, linear_argmax, linear_sample, norm_formula, rotary_formula, rotary_write
+from bench.suite_step import accept_and_commit, drafting_states, linear_argmax, linear_sample, lookup_drafts, norm_formula, rotary_formula, rotary_write
 from bench.suite_training import latent_consistency, linear_cross_entropy
 from mtp_kernels import ops, reference
 
@@ -224,6 +224,8 @@ SUITES: dict[str, Suite] = {
     "linear_argmax": linear_argmax,
     "linear_sample": linear_sample,
     "accept_and_commit": accept_and_commit,
+    "drafting_states": drafting_states,
+    "lookup_drafts": lookup_drafts,
     "sampler_draft": sampler_draft,
     "latent_consistency": latent_consistency,
     "linear_cross_entropy": linear_cross_entropy,

@@ -14,7 +14,10 @@ from bench.suites import SUITES
 from bench.timing import CPUClock
 
 CPU = torch.device("cpu")
-NEW = ("rotary_write", "linear_argmax", "linear_sample", "accept_and_commit", "sampler_draft", "latent_consistency", "linear_cross_entropy")
+NEW = (
+    "rotary_write", "linear_argmax", "linear_sample", "accept_and_commit", "drafting_states", "lookup_drafts", "sampler_draft", "latent_consistency",
+    "linear_cross_entropy",
+)  # fmt: skip
 SHORT = Scope((16,), short=True)
 SMALL = Setting("linear, k = 2", 5, 2, mode="linear", k=2), Setting(LOSS, 3, 0, True, LOSS)
 
@@ -43,6 +46,8 @@ def test_counts_of_a_step_by_hand():
     assert counts.linear_argmax(3, 100, 8, 2, drawn=True) == counts.Count(2 * (800 + 24) + 48, 2 * 3 * 800)
     # 2 sequences, 4 drafts, 3 ends: 8 + 10 + 2 + 3 read, 4 state numbers and 6 results, twice 2 flags; 8 + 10 x 3 comparisons
     assert counts.accept_and_commit(2, 4, 3) == counts.Count(8 * (8 + 10 + 2 + 3 + 8 + 6) + 4, 38)
+    assert counts.drafting_states(4, 5, 8, 2) == counts.Count(2 * 4 * 8 * 2 + 8 * (5 + 1 + 1), 5)
+    assert counts.lookup_drafts(2, 3, 100, 2) == counts.Count(8 * 2 * (100 + 1 + 3 + 3) + 2, 2 * 100 * 2)
     assert counts.latent_consistency(5, 8, 2) == counts.Count(2 * 80 + 12 * 5 + 4, 120)
     assert counts.latent_consistency(5, 8, 2, backward=True) == counts.Count(2 * (160 + 64) + 80, 200)
 
@@ -71,7 +76,7 @@ def test_least_of_drafting_by_hand():
 
 def test_cases_are_those_of_the_settings():
     found = {name: cases(name, SETTINGS, Scope((16,)), MODELS["Llama-3.1-8B"]) for name in NEW}
-    assert {name: len(each) for name, each in found.items()} == dict(zip(NEW, (5, 5, 5, 5, 8, 2, 4), strict=True))
+    assert {name: len(each) for name, each in found.items()} == dict(zip(NEW, (5, 5, 5, 5, 4, 5, 8, 2, 4), strict=True))
     assert [c.setting.rows for c in found["rotary_write"]] == [1, 9, 17, 25, 81]
     assert [(c.setting.rows, c.backward) for c in found["linear_cross_entropy"]] == [(2048, True)] * 2 + [(16384, True)] * 2
     assert {c.shape.split("128256, ")[1] for c in found["sampler_draft"]} == {
@@ -84,6 +89,7 @@ def test_cases_are_those_of_the_settings():
 
 def test_what_no_model_decides_is_measured_once():
     assert [c.model for c in selected("--operation", "accept_and_commit", "--rows", "9")] == ["any model"]
+    assert [c.model for c in selected("--operation", "lookup_drafts", "--context", "2048")] == ["any model"]
 
 
 def test_rank_and_context_choose_apart():
@@ -126,6 +132,14 @@ def room_left(i):
     return suite_step.accept_eager(i | dict(room=i["room"].clone()))
 
 
+def first_block(i):
+    return suite_step.states_eager(i | dict(accepted=i["accepted"] * 0))
+
+
+def newest_left_out(i):
+    return suite_step.lookup_eager(i | dict(newest=i["newest"] - 1))
+
+
 def second_best(i):
     return (i["hidden"] @ i["weight"].t()).topk(2, -1).indices[:, 1]
 
@@ -155,6 +169,7 @@ def next_target(i):
 @pytest.mark.parametrize(
     "operation, call, shape",
     [("rotary_write", column_late, ""), ("accept_and_commit", room_left, ""), ("linear_argmax", second_best, ""),
+     ("drafting_states", first_block, ""), ("lookup_drafts", newest_left_out, ""),
      ("linear_sample", without_noise, ""), ("sampler_draft", not_from_the_list, "64"),
      ("sampler_draft", last_draft_wrong, "all"), ("linear_cross_entropy", without_teacher, "teacher"), ("latent_consistency", next_target, "")],
 )  # fmt: skip
