@@ -61,7 +61,7 @@ def random_model(
 def prefill(model: MTPModel, prompts: Tensor, cache: KVCache) -> Tensor:
     """Put the prompts (B, P) into an empty cache; returns the token (B,) that follows each."""
     batch, length = prompts.shape
-    rows = prefill_layout([length] * batch, 0, model.device).at(prompts.t(), [0] * batch, model.config.vocab_size)
+    rows = prefill_layout([length] * batch, 0, model.device).at(prompts.t(), [0] * batch)
     return model.next_tokens(model(rows, cache)[-1])
 
 

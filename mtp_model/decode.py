@@ -283,7 +283,7 @@ class Decoding:
 
     def _forward(self, layout: Layout, ids: Tensor, cache: KVCache) -> Tensor:
         began = time.perf_counter()
-        z = self.model(layout.at(ids, cache.lengths, self.model.config.vocab_size), cache)
+        z = self.model(layout.at(ids, cache.lengths), cache)
         self._book("verify", began)
         return z
 

@@ -75,7 +75,7 @@ class DecoderLayer(nn.Module):
         return self._forward(x, rows, rotary, cache)
 
     def _forward(self, x: Tensor, rows: Rows, rotary: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
-        t, b = map(int, rows.ids.shape)  # x: (T * B, d)
+        t, b = map(int, rows.positions.shape)  # x: (T * B, d)
         gate, heads = rows.gate, self.heads
         rotated = heads + self.kv_heads
         trained = torch.is_grad_enabled()

@@ -123,11 +123,10 @@ class Layout:
         other.__dict__.update(block=self.block, slot=self.slot, ntp_row=self.ntp_row, ahead=self.ahead)
         return other
 
-    def at(self, ids: Tensor, start: list[int] | Tensor, vocab_size: int = 0, num_keys: int | None = None) -> "Rows":
+    def at(self, ids: Tensor, start: list[int] | Tensor, num_keys: int | None = None) -> "Rows":
         """The rows of this layout for NTP tokens `ids` (num_ntp, B) after `start[b]` committed tokens of sequence b.
 
-        Mask j's id is vocab_size + j - 1: the masks' embeddings stand behind the vocabulary's. A `start` that is a tensor (B,)
-        stays on its device, unread; then num_keys says below which column all keys will be, whatever it holds.
+        A `start` that is a tensor (B,) stays on its device, unread; then num_keys says below which column all keys will be, whatever it holds.
         """
         if tuple(ids.shape) != (self.num_ntp, self.batch):
             raise ValueError(f"ids have shape {tuple(ids.shape)}; accepted is (num_ntp, B) = {(self.num_ntp, self.batch)}")
@@ -136,9 +135,6 @@ class Layout:
         on_device = isinstance(start, Tensor)
         if on_device == (num_keys is None):
             raise ValueError(f"num_keys is {num_keys}; accepted is a number with a start on the device, None with lengths that are known")
-        if self.num_masks:
-            mask_ids = (self.slot[self.num_ntp :] + (vocab_size - 1)).unsqueeze(1).expand(-1, self.batch)
-            ids = torch.cat([ids, mask_ids])
         if on_device:
             n = start
         else:
@@ -168,7 +164,7 @@ class Layout:
 class Rows:
     """The rows of one pass, NTP rows first. T = num_ntp + masks.
 
-    ids: (T, B), masks numbered behind the vocabulary. positions: (T, B). visible, first: (T, B), a row sees the NTP keys at
+    ids: (num_ntp, B), of the tokens; a mask is known by its slot. positions: (T, B). visible, first: (T, B), a row sees the NTP keys at
     columns first to visible - 1 (first None: from 0). block, slot: (T,), see `mtp_kernels.AttentionRule`. start: committed tokens
     of each sequence, where this pass's K/V are written. mask_start: the cache column of each sequence's first mask. Both are numbers
     that the host knows, or tensors (B,) on the device. num_keys: every key's column is below it. gated: False puts the adapter on every row.
@@ -191,7 +187,7 @@ class Rows:
 
     @property
     def num_masks(self) -> int:
-        return int(self.ids.shape[0]) - self.num_ntp
+        return int(self.positions.shape[0]) - self.num_ntp
 
     @property
     def gate(self) -> int | None:
@@ -226,7 +222,7 @@ class Rows:
 
     def _part(self, rows: slice, num_ntp: int, start: tuple[int, ...] | Tensor, num_keys: int) -> "Rows":
         return replace(
-            self, ids=self.ids[rows], positions=self.positions[rows], visible=self.visible[rows],
+            self, ids=self.ids[:num_ntp], positions=self.positions[rows], visible=self.visible[rows],
             first=None if self.first is None else self.first[rows], block=self.block[rows], slot=self.slot[rows],
             num_ntp=num_ntp, start=start, num_keys=num_keys,
         )  # fmt: skip

@@ -141,7 +141,7 @@ def mtp_loss(
     k = masks or model.mtp.num_masks
     length, size = batch.ids.shape
     chosen, real = choose_anchors(batch) if anchors is None else anchors
-    rows = training_layout(length, chosen, k, batch.first).at(batch.ids, [0] * size, model.config.vocab_size)
+    rows = training_layout(length, chosen, k, batch.first).at(batch.ids, [0] * size)
     z_ntp, z = _states(model, rows)  # (L * B, d), (A * k * B, d)
 
     targets = _Targets.of(batch, rows, real)

@@ -130,12 +130,12 @@ class MTPModel(nn.Module):
 
     def embed_rows(self, rows: Rows) -> Tensor:
         """(T, B, d) input embeddings: tokens from the table, mask j from `masks[j - 1]`."""
-        n = rows.num_ntp
+        x = F.embedding(rows.ids, self.embed)
         if not rows.num_masks:
-            return F.embedding(rows.ids, self.embed)
+            return x
         masks = self.masks.to(self.dtype)[: rows.k].repeat(rows.num_masks // rows.k, 1)
         masks = masks.unsqueeze(1).expand(-1, rows.ids.shape[1], -1)
-        return torch.cat([F.embedding(rows.ids[:n], self.embed), masks])
+        return torch.cat([x, masks])
 
     def rotary(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """(T, B, D) each, the rows of `ops.rotary_tables` at the pass's positions, which are all below its num_keys."""
@@ -158,7 +158,7 @@ class MTPModel(nn.Module):
         rotary = self.rotary(rows)
         for layer in self.layers:
             x = layer(x, rows, rotary, cache)
-        return self.norm(x).view(*map(int, rows.ids.shape), -1)
+        return self.norm(x).view(*map(int, rows.positions.shape), -1)
 
     def logits(self, z: Tensor) -> Tensor:
         """(..., V) logits of hidden states (..., d)."""

@@ -247,7 +247,7 @@ class StaticStep:
         """Hidden states of the newest token, its drafts and the masks behind them."""
         ids = torch.cat([self.newest.unsqueeze(0), self.drafts[:, : self.offered].t()])
         start = self.lengths if self.overlaps else self.lengths.clone()  # of which a trace sees that it stays: layers' work with it is done once
-        rows = layout.at(ids, start, self.model.config.vocab_size, num_keys=self.columns or self.cache.columns)
+        rows = layout.at(ids, start, num_keys=self.columns or self.cache.columns)
         return self.model(rows, self.cache)
 
     def accept_and_commit(self, z: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def test_probe_ranks_stand_where_sorting_puts_them(toy, tmp_path):
             model.add_adapter(MTPConfig(K, 3), seed=0)
         for prompt, text in zip(prompts, texts, strict=True):
             for p in range(len(prompt) - 1, len(text) - K - 1):  # as if the text up to p were a prompt
-                rows = prefill_layout([p + 1], K).at(torch.tensor(text[: p + 1]).unsqueeze(1), [0], 1024)
+                rows = prefill_layout([p + 1], K).at(torch.tensor(text[: p + 1]).unsqueeze(1), [0])
                 with torch.no_grad():
                     z = model(rows, KVCache(model.config, 1, 100))[-K:, 0]
                     heads = {reading: z}

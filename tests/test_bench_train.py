@@ -58,7 +58,7 @@ def test_dense_and_flex_masks_are_the_rule(toy_adapter_model, limit):
     batch, anchors = make_batch(limit)
     model = toy_adapter_model(k=3)
     rows = Sequences.of(batch, anchors, 3)
-    layout = training_layout(len(batch.ids), anchors[0], 3).at(batch.ids, [0] * 3, 6)
+    layout = training_layout(len(batch.ids), anchors[0], 3).at(batch.ids, [0] * 3)
     at = torch.arange(rows.last.shape[1])
     assert torch.equal(rows.rule()(torch.arange(3).view(-1, 1, 1), None, at.view(-1, 1), at), allowed_keys(layout.rule))
     assert torch.equal(rows.positions.t(), layout.positions)

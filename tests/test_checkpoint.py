@@ -16,7 +16,7 @@ from mtp_model.layout import prefill_layout
 
 
 def states(model, k):
-    rows = prefill_layout([4], k).at(torch.tensor([[1], [3], [5], [2]]), [0], 6)
+    rows = prefill_layout([4], k).at(torch.tensor([[1], [3], [5], [2]]), [0])
     with torch.no_grad():
         return model(rows, KVCache(model.config, 1, 16))
 

@@ -61,7 +61,7 @@ def drawn(picture, widths):
 def check_picture(layout, picture, widths):
     positions, allowed = drawn(picture, widths)
     for batch, start in ((layout.batch, 0), (layout.batch, 5)):
-        rows = layout.at(torch.zeros(layout.num_ntp, batch, dtype=torch.int64), [start] * batch, 10)
+        rows = layout.at(torch.zeros(layout.num_ntp, batch, dtype=torch.int64), [start] * batch)
         assert rows.positions[:, 0].tolist() == [p + start for p in positions]
         table = allowed_keys(rows.rule)[0]
         assert bool(table[:, :start].all())
@@ -96,7 +96,7 @@ def test_rows_per_step(k):
     assert counts == [10, 10 + k, 10 * (k + 1), 10 + 9 * k]
 
 
-def check_rows(rows, starts, num_ntp, anchors, k, vocab):
+def check_rows(rows, starts, num_ntp, anchors, k):
     """anchors[b]: the anchors of sequence b, in order. Every row and key is labelled, and labels are compared."""
     allowed = allowed_keys(rows.rule)
     assert rows.num_masks == len(anchors[0]) * k and rows.num_ntp == num_ntp
@@ -108,8 +108,7 @@ def check_rows(rows, starts, num_ntp, anchors, k, vocab):
             columns[n + num_ntp + m] = (block, j)
         for t, (kind, position, j) in enumerate(labels):
             assert int(rows.positions[t, b]) == position
-            if kind != "ntp":
-                assert int(rows.ids[t, b]) == vocab + j - 1
+            assert int(rows.slot[t]) == j
             last = position - j  # the newest ordinary token that the row sees: itself, or its anchor
             for column in range(rows.rule.num_keys):
                 owner = columns.get(column)
@@ -132,7 +131,7 @@ def test_training_layouts(data):
     starts = data.draw(st.lists(st.integers(0, 9), min_size=batch, max_size=batch))
     table = torch.tensor(anchors, dtype=torch.int64).view(batch, count).t()
     ids = torch.zeros(length, batch, dtype=torch.int64)
-    check_rows(training_layout(length, table, k).at(ids, starts, 50), starts, length, anchors, k, 50)
+    check_rows(training_layout(length, table, k).at(ids, starts), starts, length, anchors, k)
 
 
 @settings(max_examples=60, deadline=None)
@@ -145,8 +144,8 @@ def test_decoding_layouts(data):
     usual = {"autoregressive": [], "linear": [most], "quadratic": list(range(most + 1)), "quadratic-printed": list(range(1, most + 1)) or [0]}[mode]
     anchors = [[min(row, count) for row in usual] for count in drafts]
     num_ntp = most + 1
-    rows = decoding_layout(mode, k, drafts).at(torch.zeros(num_ntp, len(drafts), dtype=torch.int64), starts, 7)
-    check_rows(rows, starts, num_ntp, anchors, k if mode != "autoregressive" else 1, 7)
+    rows = decoding_layout(mode, k, drafts).at(torch.zeros(num_ntp, len(drafts), dtype=torch.int64), starts)
+    check_rows(rows, starts, num_ntp, anchors, k if mode != "autoregressive" else 1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -154,13 +153,13 @@ def test_decoding_layouts(data):
 def test_prefill_layouts(lengths, k):
     anchors = [[n - 1] if k else [] for n in lengths]
     ids = torch.zeros(max(lengths), len(lengths), dtype=torch.int64)
-    rows = prefill_layout(lengths, k).at(ids, [0] * len(lengths), 5)
-    check_rows(rows, [0] * len(lengths), max(lengths), anchors, max(k, 1), 5)
+    rows = prefill_layout(lengths, k).at(ids, [0] * len(lengths))
+    check_rows(rows, [0] * len(lengths), max(lengths), anchors, max(k, 1))
 
 
 def test_parts_of_a_pass():
     ids = torch.tensor([[3, 4], [1, 0], [2, 2]])
-    rows = decoding_layout("quadratic", 2, (2, 2)).at(ids, [6, 4], 10)
+    rows = decoding_layout("quadratic", 2, (2, 2)).at(ids, [6, 4])
     whole = allowed_keys(rows.rule)
     ntp, masks = rows.ntp_rows(), rows.mask_rows()
     assert ntp.gate is None and ntp.num_masks == 0 and torch.equal(ntp.ids, ids) and ntp.start == (6, 4)
@@ -170,7 +169,7 @@ def test_parts_of_a_pass():
     assert not whole[:, :3, ntp.rule.num_keys :].any()
     assert torch.equal(allowed_keys(masks.rule), whole[:, 3:])
     assert torch.equal(torch.cat([ntp.positions, masks.positions]), rows.positions)
-    assert torch.equal(torch.cat([ntp.ids, masks.ids]), rows.ids)
+    assert torch.equal(rows.ids, ids) and masks.ids.shape == (0, 2)
     assert masks.rule.block_size == 2 and ntp.rule.block_size == 0
 
 

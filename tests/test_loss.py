@@ -211,7 +211,7 @@ def test_ordinary_rows_never_change(toy_adapter_model):
 
     @torch.no_grad()
     def logits():
-        return model.logits(model(prefill_layout([4], 2).at(ids, [0], 6), KVCache(model.config, 1, 8)))
+        return model.logits(model(prefill_layout([4], 2).at(ids, [0]), KVCache(model.config, 1, 8)))
 
     before = logits()
     optimizer = torch.optim.AdamW([p for p in model.adapter_parameters().values() if p.requires_grad], lr=0.05)

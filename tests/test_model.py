@@ -171,7 +171,7 @@ def test_masks_do_not_change_ordinary_rows(toy_adapter_model, mode, k, committed
         ntp_pass(model, ids[:20], [0, 0], cache)
         cache.commit(committed)
         if with_masks:
-            rows = decoding_layout(mode, k, (k, k)).at(ids[20:], cache.lengths, 6)
+            rows = decoding_layout(mode, k, (k, k)).at(ids[20:], cache.lengths)
             logits.append(model.logits(model(rows, cache)[: k + 1]))
         else:
             logits.append(ntp_pass(model, ids[20:], cache.lengths, cache))
@@ -184,11 +184,11 @@ def test_masks_do_not_change_ordinary_rows(toy_adapter_model, mode, k, committed
 def test_masks_see_their_adapter(toy_adapter_model):
     """Mask rows depend on LoRA, on their own embedding, and on nothing that stands in another block."""
     model = toy_adapter_model(k=2)
-    rows = decoding_layout("quadratic", 2, (2,)).at(torch.tensor([[1], [2], [3]]), [0], 6)
+    rows = decoding_layout("quadratic", 2, (2,)).at(torch.tensor([[1], [2], [3]]), [0])
     before = model(rows, KVCache(model.config, 1, 16))
     model.masks[1] += 1.0
     after = model(rows, KVCache(model.config, 1, 16))
-    changed = [bool((before[t] != after[t]).any()) for t in range(rows.ids.shape[0])]
+    changed = [bool((before[t] != after[t]).any()) for t in range(len(rows.positions))]
     assert changed == [False] * 3 + [False, True] * 3
     model.layers[0].o_proj.lora_B.zero_()
     assert not torch.equal(model(rows, KVCache(model.config, 1, 16))[3:], after[3:])
@@ -196,7 +196,7 @@ def test_masks_see_their_adapter(toy_adapter_model):
 
 def test_adding_and_removing(toy_model):
     with pytest.raises(ValueError, match="no adapter"):
-        toy_model(prefill_layout([2], 2).at(torch.tensor([[1], [2]]), [0], 6), KVCache(toy_model.config, 1, 8))
+        toy_model(prefill_layout([2], 2).at(torch.tensor([[1], [2]]), [0]), KVCache(toy_model.config, 1, 8))
     toy_model.add_adapter(MTPConfig(2, 4))
     assert {p.requires_grad for n, p in toy_model.adapter_parameters().items() if n != "masks"} == {True}
     assert not toy_model.masks.requires_grad
@@ -237,7 +237,7 @@ def test_half_precision(make_hf_dir, dtype):
     expected = ntp_pass(exact, ids, [0], KVCache(model.config, 1, 12))
     torch.testing.assert_close(logits.float(), expected, atol=0.1 * float(expected.std()), rtol=0.1)
     model.add_adapter(MTPConfig(2, 4), dtype=torch.float32)
-    rows = prefill_layout([12], 2).at(ids, [0], 6)
+    rows = prefill_layout([12], 2).at(ids, [0])
     z = model(rows, KVCache(model.config, 1, 16, dtype=dtype))
     assert z.dtype == dtype and z.isfinite().all()
     assert model.draft(z[None, 12:, 0], torch.tensor([1])).shape == (1, 2)

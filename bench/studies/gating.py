@@ -33,7 +33,7 @@ def next_token(model: MTPModel, texts) -> dict:
     k = model.mtp.num_masks if model.mtp else 0
     for text in texts:
         ids = torch.tensor(text, device=model.device)
-        rows = prefill_layout([len(text)], k, model.device).at(ids.unsqueeze(1), [0], model.config.vocab_size)
+        rows = prefill_layout([len(text)], k, model.device).at(ids.unsqueeze(1), [0])
         z = model(rows, KVCache(model.config, 1, len(text) + k, model.device, model.dtype))
         logits = model.logits(z[: len(text) - 1, 0]).float().cpu()
         seen.update(logits.numpy().tobytes())

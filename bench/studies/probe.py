@@ -40,10 +40,10 @@ def rank(logits: Tensor, right: Tensor) -> Tensor:
 def future_ranks(model: MTPModel, text: list[int], prompt_length: int, frequency: Tensor) -> dict[str, Tensor]:
     """(A, k) ranks in the logits of the heads "own" and, if there is one, "sampler", and in the order of "frequency" (V,): at the A
     positions of the text, from the last of the prompt on, after which all k masks have a token to predict."""
-    k, vocab = model.mtp.num_masks, model.config.vocab_size
+    k = model.mtp.num_masks
     anchors = torch.arange(prompt_length - 1, len(text) - k - 1, device=model.device)
     ids = torch.tensor(text, device=model.device)
-    rows = training_layout(len(text), anchors.unsqueeze(1), k).at(ids.unsqueeze(1), [0], vocab)
+    rows = training_layout(len(text), anchors.unsqueeze(1), k).at(ids.unsqueeze(1), [0])
     z = model(rows, KVCache(model.config, 1, len(text) + rows.num_masks, model.device, model.dtype))[len(text) :, 0]  # (A * k, d)
     at = (anchors.unsqueeze(1) + torch.arange(1, k + 1, device=model.device)).flatten()  # the masks' positions
     heads = {"own": z}
