@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mtp_kernels import rotary_tables
 from mtp_model import MTPConfig, load_model
 from mtp_model.cache import KVCache
 from mtp_model.config import ModelConfig
@@ -192,6 +193,29 @@ def test_masks_see_their_adapter(toy_adapter_model):
     assert changed == [False] * 3 + [False, True] * 3
     model.layers[0].o_proj.lora_B.zero_()
     assert not torch.equal(model(rows, KVCache(model.config, 1, 16))[3:], after[3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rotations_are_kept_and_grow(toy_adapter_model, dtype):
+    """Of every position that a pass may have: behind long texts, of documents, with lengths on the device, in another dtype than before."""
+    model = toy_adapter_model(k=3)
+    first, anchors = torch.tensor([[0], [0], [2], [2]]), torch.tensor([[1], [3]])
+    passes = [
+        prefill_layout([5, 2], 3).at(torch.zeros(5, 2, dtype=torch.int64), [0, 0]),
+        training_layout(4, anchors, 3, first).at(torch.zeros(4, 1, dtype=torch.int64), [0]),
+        decoding_layout("quadratic", 3, (3, 1)).at(torch.zeros(4, 2, dtype=torch.int64), [1000, 7]),
+        decoding_layout("linear", 2, (2,)).at(torch.zeros(3, 1, dtype=torch.int64), torch.tensor([2043]), num_keys=2048),
+        decoding_layout("autoregressive", 1, (0,)).at(torch.zeros(1, 1, dtype=torch.int64), [2048]),
+    ]
+    with torch.inference_mode():
+        model.rotary(passes[0])
+    model.to(dtype)
+    kept = []
+    for rows in [*passes, *passes]:
+        got = model.rotary(rows)
+        assert all(map(torch.equal, got, rotary_tables(rows.positions, model.frequencies, dtype))) and not got[0].is_inference()
+        kept.append(model.rotations)
+    assert all(one is other for one, other in zip(kept[4:], kept[5:], strict=False)) and len({len(x) for x in kept}) > 2
 
 
 def test_adding_and_removing(toy_model):
