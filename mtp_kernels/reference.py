@@ -446,7 +446,7 @@ def linear_sample(hidden: Tensor, weight: Tensor, keys: Tensor, sampling: Sampli
 def accept(drafts: Tensor, predictions: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     matches = drafts == predictions[:, :-1]
     if counts is not None:
-        matches = matches & (torch.arange(drafts.shape[1], device=drafts.device) < counts.unsqueeze(1))
+        matches = matches & (torch.arange(int(drafts.shape[1]), device=drafts.device) < counts.unsqueeze(1))
     accepted = matches.to(torch.int64).cumprod(1).sum(1)
     return accepted, predictions.gather(1, accepted.unsqueeze(1)).squeeze(1)
 
@@ -455,9 +455,10 @@ def accept_and_commit(
     drafts: Tensor, predictions: Tensor, counts: Tensor, lengths: Tensor, room: Tensor, finished: Tensor, eos: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     accepted, following = accept(drafts, predictions, counts)
-    index = torch.arange(predictions.shape[1], device=predictions.device)
+    columns = int(predictions.shape[1])
+    index = torch.arange(columns, device=predictions.device)
     ends = torch.isin(predictions, eos) & (index <= accepted.unsqueeze(1))
-    end = torch.where(ends, index, predictions.shape[1]).amin(1)  # the first end-of-text, if any
+    end = torch.where(ends, index, columns).amin(1)  # the first end-of-text, if any
     written = torch.minimum(torch.minimum(accepted, end) + 1, room).masked_fill(finished, 0)
     room.sub_(written)
     finished.logical_or_((end < written) | (room == 0))

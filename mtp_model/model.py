@@ -134,7 +134,7 @@ class MTPModel(nn.Module):
         if not rows.num_masks:
             return x
         masks = self.masks.to(self.dtype)[: rows.k].repeat(rows.num_masks // rows.k, 1)
-        masks = masks.unsqueeze(1).expand(-1, rows.ids.shape[1], -1)
+        masks = masks.unsqueeze(1).expand(-1, int(rows.ids.shape[1]), -1)
         return torch.cat([x, masks])
 
     def rotary(self, rows: Rows) -> tuple[Tensor, Tensor]:
