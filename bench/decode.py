@@ -87,6 +87,7 @@ class Drawn:
     temperature: float
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
 
     def options(self, first: int, count: int) -> dict:
         """What `generate` takes for `count` prompts from number `first` on."""
@@ -103,7 +104,7 @@ class Peer:
     def __init__(self, directory: Path, device, dtype, drawn: Drawn | None = None):
         self.options, self.drawn = {"do_sample": False}, drawn
         if drawn:
-            self.options = {"do_sample": True, "temperature": drawn.temperature, "top_k": drawn.top_k or 0, "top_p": drawn.top_p or 1.0}
+            self.options = {"do_sample": True, "temperature": drawn.temperature, "top_k": drawn.top_k or 0, "top_p": drawn.top_p or 1.0, "min_p": drawn.min_p}
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()

@@ -4,6 +4,8 @@ The noise of token v at position p is output p V + v of SplitMix64 (Steele, Lea 
 Gumbel number; it is the same whoever asks, in whatever pass and batch. `triton/_noise.py` has the same in a kernel.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,16 @@ def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
 
 
 def least_kept(logits: Tensor, sampling: Sampling) -> Tensor | None:
-    """(..., 1) the smallest logit that top_k and top_p leave of logits (..., V) float32; None: all are left.
+    """(..., 1) the least that a logit of (..., V) float32 must be for top_k, top_p and min_p to leave its token; None: all are left."""
+    least = _least_of_top(logits, sampling)
+    if sampling.min_p is None:
+        return least
+    near = logits.amax(-1, keepdim=True) + sampling.temperature * math.log(sampling.min_p)
+    return near if least is None else torch.maximum(near, least)
+
+
+def _least_of_top(logits: Tensor, sampling: Sampling) -> Tensor | None:
+    """`least_kept` of top_k and top_p alone, the smallest logit that they leave.
 
     Probabilities are added up as whole numbers, for those have the same sum in any order: which tokens are left must not depend on
     how a library goes through a row, nor on the rows beside it.

@@ -478,7 +478,7 @@ def _check_keys(keys: Tensor, expected: tuple[int, ...], device: torch.device) -
 def linear_sample(hidden: Tensor, weight: Tensor, keys: Tensor, sampling: Sampling, *, implementation: str | None = None) -> Tensor:
     """argmax over v of l_v + temperature * G_v(key), l = hidden W^T: tokens drawn from softmax(l / temperature) (Gumbel 1954).
 
-    Left out are tokens that top_k and top_p leave out. G is standard Gumbel noise, made of the key and of v alone, so that a token
+    Left out are tokens that top_k, top_p and min_p leave out. G is standard Gumbel noise, made of the key and of v alone, so that a token
     follows from its logits and its key, whatever was drawn before, elsewhere or in which order: drawn text can be verified as
     greedy text can, and is the same for any drafts (Daliri, Musco and Suresh 2024, arXiv 2408.07978).
 

@@ -74,16 +74,18 @@ class AttentionRule:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits: from softmax(logits / temperature), of the top_k most likely tokens (default: all), and of
-    those the fewest most likely whose probabilities add up to top_p (default: all). Tokens of equal logits stay or go together.
+    """How a token is drawn from logits: from softmax(logits / temperature), of the top_k most likely tokens (default: all), of
+    those the fewest most likely whose probabilities add up to top_p (default: all), and of those the ones that have at least min_p times the
+    most likely one's probability (default: all; Nguyen et al. 2024, arXiv 2407.01082). Tokens of equal logits stay or go together.
 
-    temperature: above 0, at most 1e30, for it is multiplied with noise in float32; kept as a float. top_k: an integer from 1. top_p: above 0,
-    at most 1. Raises ValueError for others. With both, the probabilities that top_p adds up are among the top_k, in transformers' order.
+    temperature: above 0, at most 1e30, for it is multiplied with noise in float32; kept as a float. top_k: an integer from 1. top_p, min_p:
+    above 0, at most 1. Raises ValueError for others. The probabilities that top_p adds up are among the top_k, in transformers' order.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
 
     def __post_init__(self):
         def number(value) -> bool:
@@ -94,5 +96,7 @@ class Sampling:
         object.__setattr__(self, "temperature", float(self.temperature))
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise ValueError(f"top_k is {self.top_k!r}; accepted is an integer from 1, or None")
-        if self.top_p is not None and not (number(self.top_p) and 0 < self.top_p <= 1):
-            raise ValueError(f"top_p is {self.top_p!r}; accepted is a number above 0 and at most 1, or None")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not (number(value) and 0 < value <= 1):
+                raise ValueError(f"{name} is {value!r}; accepted is a number above 0 and at most 1, or None")

@@ -34,6 +34,7 @@ class AnswerOptions:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     seed: int | None = None
     lookup: int | None = None
     lookup_match: int | None = None
@@ -45,7 +46,7 @@ class AnswerOptions:
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; accepted are {', '.join(MODES)}")
         lookup_of(self.lookup, self.lookup_match)
-        if sampling_of(self.temperature, self.top_k, self.top_p, self.seed) and self.seed is None:
+        if sampling_of(self.temperature, self.top_k, self.top_p, self.min_p, self.seed) and self.seed is None:
             object.__setattr__(self, "seed", 0)
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < SEEDS):
             raise ValueError(f"seed is {self.seed!r}; accepted is an integer from 0 to 2^63 - 1")
@@ -53,11 +54,15 @@ class AnswerOptions:
     @property
     def text(self) -> list:
         """What, beside the model, decides an answer's text, by which lines are told from those of other settings."""
-        return [self.max_new_tokens] + ([self.temperature, self.top_k, self.top_p, self.seed] if self.temperature else [])
+        if not self.temperature:
+            return [self.max_new_tokens]
+        return [self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed] + ([self.min_p] if self.min_p else [])
 
     def decoding(self, first: int) -> dict:
         """What `Decoding` takes for prompts from number `first` on."""
-        drawn = dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=(self.seed + first) % SEEDS) if self.temperature else {}
+        drawn = {}
+        if self.temperature:
+            drawn = dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=(self.seed + first) % SEEDS)
         return dict(mode=self.mode, k=self.k, max_new_tokens=self.max_new_tokens, lookup=self.lookup, lookup_match=self.lookup_match) | drawn
 
 
@@ -103,7 +108,7 @@ def _answered(out: Path, prompts: list[list[int]], by: list) -> int:
             if not same:
                 raise ValueError(
                     f"{out}, line {count + 1} is not this model's answer to prompt {count + 1} with {by[1]} new tokens at most"
-                    + (f" and temperature, top_k, top_p, seed {by[2:]}" if by[2:] else "")
+                    + (f" and temperature, top_k, top_p, seed{', min_p' * (len(by) > 6)} {by[2:]}" if by[2:] else "")
                     + "; accepted is a new file, or one that the same model, prompts and options began"
                 )
             if cut_off:

@@ -73,11 +73,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="draw tokens, from softmax(logits / T) (default 0: greedy)")
     parser.add_argument("--top-k", type=int, metavar="N", help="of the N most likely alone")
     parser.add_argument("--top-p", type=float, metavar="P", help="of the fewest most likely alone whose probabilities add up to P")
+    parser.add_argument("--min-p", type=float, metavar="P", help="of those alone that have at least P times the most likely one's probability")
 
 
 def sampling_options(args: argparse.Namespace) -> dict:
     """What `Decoding` takes, of `add_sampling_arguments`' arguments; refused as it would."""
-    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
     sampling_of(**options)
     return options
 

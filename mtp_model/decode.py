@@ -79,13 +79,16 @@ def token_lists(prompts: Sequence[Sequence[int]] | Tensor, name: str = "prompts"
         raise ValueError(f"{name} are {str(prompts)[:80]!r}; accepted are lists of token ids, integers, one list for each sequence") from None
 
 
-def sampling_of(temperature: float, top_k: int | None, top_p: float | None, seed: object = None) -> Sampling | None:
+def sampling_of(
+    temperature: float, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None, seed: object = None
+) -> Sampling | None:
     """How tokens are drawn, None for greedy text. Raises ValueError for what would go unheeded in greedy text."""
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not temperature >= 0:
         raise ValueError(f"temperature is {temperature!r}; accepted are 0 for greedy text, or a number above it")
     if temperature:
-        return Sampling(temperature, top_k, top_p)
-    given = [f"{name} is {value!r}" for name, value in (("top_k", top_k), ("top_p", top_p), ("seed", seed)) if value is not None]
+        return Sampling(temperature, top_k, top_p, min_p)
+    drawn = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    given = [f"{name} is {value!r}" for name, value in drawn.items() if value is not None]
     if given:
         raise ValueError(f"{' and '.join(given)} and temperature 0, which is greedy text; accepted is a temperature above 0 with it")
     return None
@@ -121,7 +124,7 @@ class Decoding:
     2) stood before: those that followed the last such place (prompt lookup, Saxena 2023). Where they did not, the drafts are the masks'.
     Autoregressive decoding, which has no masks and needs no adapter, has these drafts alone. The text is the same.
 
-    temperature: 0 for greedy text; above, tokens are drawn, as top_k and top_p say (see `mtp_kernels.Sampling`). seed: of the noise that
+    temperature: 0 for greedy text; above, tokens are drawn, as top_k, top_p and min_p say (see `mtp_kernels.Sampling`). seed: of the noise that
     draws them, one integer for each sequence, or of the first, the next ones' being seed + 1, seed + 2, ...; default one from torch's own
     generator. A token's noise follows from its seed and its position, so a prompt and its seed give one text in every mode, with any k, in any
     batch, as the most likely tokens do. `seeds` are those that serve.
@@ -147,6 +150,7 @@ class Decoding:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         seed: int | Sequence[int] | None = None,
         static: bool | None = None,
     ):
@@ -174,7 +178,7 @@ class Decoding:
             warnings.warn(f"texts may become {most} tokens long; the model was made for {model.config.max_position_embeddings}", stacklevel=2)
         if draft_candidates is not None and (type(draft_candidates) is not int or not 1 <= draft_candidates <= vocab):
             raise ValueError(f"draft_candidates is {draft_candidates!r}; accepted are an int from 1 to the vocabulary's {vocab}, or None")
-        sampling = sampling_of(temperature, top_k, top_p, seed)
+        sampling = sampling_of(temperature, top_k, top_p, min_p, seed)
         self.seeds = seeds_of(seed, len(prompts)) if sampling else [0] * len(prompts)
         self.model, self.mode, self.k, self.max_new_tokens = model, mode, k, max_new_tokens
         self.prompts = prompts

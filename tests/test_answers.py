@@ -39,14 +39,17 @@ def test_answers_are_greedy_text(shared, tmp_path, options):
 DRAWN = dict(temperature=1.3, top_k=4, top_p=0.9, seed=2**63 - 2)
 
 
-@pytest.mark.parametrize("options", [AnswerOptions(2, max_new_tokens=9, **DRAWN), AnswerOptions(3, "quadratic", 4, 9, **DRAWN)])
-def test_drawn_answers_have_a_seed_each(shared, tmp_path, options):
+@pytest.mark.parametrize("min_p", [{}, {"min_p": 0.3}])
+@pytest.mark.parametrize("way", [dict(batch=2), dict(batch=3, mode="quadratic", k=4)])
+def test_drawn_answers_have_a_seed_each(shared, tmp_path, way, min_p):
+    drawn = DRAWN | min_p
+    options = AnswerOptions(**way, max_new_tokens=9, **drawn)
     list(write_answers(shared.model, PROMPTS, tmp_path / "answers", options))
     seeds = [2**63 - 2, 2**63 - 1, 0, 1, 2]
-    plain = DRAWN | dict(mode="autoregressive", max_new_tokens=9)
+    plain = drawn | dict(mode="autoregressive", max_new_tokens=9)
     expected = [generate(shared.model, [p], **plain | {"seed": s}).tokens[0] for p, s in zip(PROMPTS, seeds, strict=True)]
     assert [line["response_ids"] for line in written(tmp_path / "answers")] == expected
-    assert written(tmp_path / "answers")[0]["by"] == [shared.model.fingerprint, 9, *DRAWN.values()]
+    assert written(tmp_path / "answers")[0]["by"] == [shared.model.fingerprint, 9, *drawn.values()]
 
 
 @pytest.mark.parametrize("drawn", [{}, DRAWN])
@@ -80,6 +83,8 @@ def test_a_file_of_other_settings_is_refused(shared, make_hf_dir, tmp_path):
         assert path.read_bytes() == before
     with pytest.raises(ValueError, match=r"and temperature, top_k, top_p, seed \[1.0, None, None, 5\]; accepted is a new file"):
         list(write_answers(shared.model, PROMPTS, path, AnswerOptions(max_new_tokens=3, temperature=1.0, seed=5)))
+    with pytest.raises(ValueError, match=r"and temperature, top_k, top_p, seed, min_p \[1.0, None, None, 5, 0.1\]; accepted is a new file"):
+        list(write_answers(shared.model, PROMPTS, path, AnswerOptions(max_new_tokens=3, temperature=1.0, seed=5, min_p=0.1)))
     assert list(write_answers(shared.model, PROMPTS, path, AnswerOptions(max_new_tokens=3)))[-1] == len(PROMPTS)
 
 
@@ -169,8 +174,8 @@ def test_command_line_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(answers, "generate", lambda model, prompts, **options: asked.append(options) or generate(model, prompts, **options))
     (tmp_path / "p.jsonl").write_text('{"prompt_ids": [5, 6]}\n{"prompt_ids": [7]}\n')
     arguments = ["answers", "--data", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "drawn"), "--batch", "1", "--max-new-tokens", "3", "--device", "cpu"]
-    assert __main__.main([*arguments, "--temperature", "0.5", "--top-k", "7", "--seed", "9", "--lookup", "4", "--lookup-match", "1"]) == 0
-    assert [(o["temperature"], o["top_k"], o["top_p"], o["seed"]) for o in asked] == [(0.5, 7, None, 9), (0.5, 7, None, 10)]
+    assert __main__.main([*arguments, "--temperature", "0.5", "--top-k", "7", "--min-p", "0.2", "--seed", "9", "--lookup", "4", "--lookup-match", "1"]) == 0
+    assert [(o["temperature"], o["top_k"], o["top_p"], o["min_p"], o["seed"]) for o in asked] == [(0.5, 7, None, 0.2, 9), (0.5, 7, None, 0.2, 10)]
     assert [(o["lookup"], o["lookup_match"]) for o in asked] == [(4, 1)] * 2
     wrong = (("--top-k", "7"), "top_k is 7 and temperature 0"), (("--seed", "3"), "seed is 3 and temperature 0"), (("--lookup", "0"), "lookup is 0")
     for flag, word in wrong:

@@ -71,9 +71,9 @@ def test_flags_of_drawn_and_copied_text_reach_every_job(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "check", lambda *arguments: seen.append(arguments[-2:]) or ("", True))
     monkeypatch.setattr(decode, "ablation", lambda *arguments: seen.append(arguments[-2:]) or ("", []))
     for job in ("--check", "--ablation"):
-        assert decode.main([*flags, job, "--temperature", "0.9", "--top-p", "0.5"]) == decode.main([*flags, job, "--lookup", "7"]) == 0
+        assert decode.main([*flags, job, "--temperature", "0.9", "--top-p", "0.5", "--min-p", "0.1"]) == decode.main([*flags, job, "--lookup", "7"]) == 0
     none, some = ({"lookup": tokens, "lookup_match": None} for tokens in (None, 7))
-    assert seen == [(decode.Drawn(0.9, None, 0.5), none), (None, some)] * 2
+    assert seen == [(decode.Drawn(0.9, None, 0.5, 0.1), none), (None, some)] * 2
     monkeypatch.undo()
     model = decode.load_adapter(ADAPTER).apply(decode.load_model(BASE, dtype=torch.float32))
     text, good = decode.check(model, [[1, 2], [3], [4]], 5, [2], decode.Drawn(1.0))

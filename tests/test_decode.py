@@ -122,9 +122,9 @@ def test_drawn_text_equals_autoregressive(shared, oracle, drawn, mode, k, use_sa
     assert alone.tokens == drawn[2:3]
 
 
-@pytest.mark.parametrize("filters", [dict(top_k=2), dict(top_p=0.7), dict(top_k=4, top_p=0.9)], ids=str)
+@pytest.mark.parametrize("filters", [dict(top_k=2), dict(top_p=0.7), dict(min_p=0.4), dict(top_k=4, top_p=0.9)], ids=str)
 @pytest.mark.parametrize("mode", MULTI)
-def test_top_k_and_top_p(shared, drawn, mode, filters):
+def test_top_k_top_p_and_min_p(shared, drawn, mode, filters):
     options = dict(max_new_tokens=NEW, **DRAWN, **filters)
     expected = generate(shared.model, PROMPTS, mode="autoregressive", **options).tokens
     assert expected != drawn
@@ -400,6 +400,8 @@ def test_pooled_and_mean_tokens_per_step():
         (dict(temperature=torch.tensor([0.5, 0.7])), "temperature is tensor"),
         (dict(top_k=5), "top_k is 5 and temperature 0, which is greedy"),
         (dict(top_p=0.9, seed=3), "top_p is 0.9 and seed is 3 and temperature 0"),
+        (dict(min_p=0.1), "min_p is 0.1 and temperature 0"),
+        (dict(temperature=1.0, min_p=0), "min_p is 0"),
         (dict(temperature=1.0, top_k=0), "top_k is 0"),
         (dict(temperature=1.0, top_p=2), "top_p is 2"),
         (dict(temperature=1.0, seed=[1, 2]), "a list of 4"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mtp_kernels import SamplerWeights, Sampling, linear_argmax, linear_sample, sampler_draft, sampling_keys
 from mtp_kernels._sampling import gumbel, least_kept, signed
@@ -113,7 +113,8 @@ def test_neighbours_are_independent(step):
 
 @pytest.mark.parametrize("sampling", [
     Sampling(1.0, 1), Sampling(1.0, 5), Sampling(0.7, None, 0.9), Sampling(1.3, 20, 0.8), Sampling(1.0, None, 0.05), Sampling(0.3, 40, 0.999),
-    Sampling(1.0, 100, 1.0), Sampling(2.0, 500),
+    Sampling(1.0, 100, 1.0), Sampling(2.0, 500), Sampling(1.0, min_p=0.1), Sampling(0.4, min_p=1e-9), Sampling(1.5, 20, 0.97, 0.02),
+    Sampling(1.5, 3, 0.5, 0.02), Sampling(0.7, min_p=1.0), Sampling(1.0, min_p=1e-30),
 ], ids=str)  # fmt: skip
 def test_transformers_leaves_the_same_tokens(sampling):
     logits = torch.randn(50, 101, generator=torch.Generator().manual_seed(0)) * 3
@@ -122,10 +123,12 @@ def test_transformers_leaves_the_same_tokens(sampling):
         scores = TopKLogitsWarper(sampling.top_k)(None, scores)
     if sampling.top_p not in (None, 1.0):
         scores = TopPLogitsWarper(sampling.top_p)(None, scores)
+    if sampling.min_p is not None:
+        scores = MinPLogitsWarper(sampling.min_p)(None, scores)
     least = least_kept(logits, sampling)
     kept = logits >= (-torch.inf if least is None else least)
     assert torch.equal(kept, scores > -torch.inf)
-    assert (least is None) == bool(kept.all())
+    assert (least is None) == (sampling.min_p is None and bool(kept.all()))
 
 
 def test_equal_logits_stay_or_go_together():
@@ -138,6 +141,15 @@ def test_equal_logits_stay_or_go_together():
         assert least_kept(logits, sampling).item() == least
         warped = TopPLogitsWarper(sampling.top_p)(None, TopKLogitsWarper(2)(None, logits))
         assert warped[warped > -torch.inf].min() == least
+
+
+def test_the_edge_of_min_p():
+    """Equal logits have the largest's probability; what is as likely as asked for stays, the next float below it does not."""
+    edge = torch.tensor(2.0) + 0.5 * math.log(0.25)
+    logits = torch.stack([torch.tensor(2.0), edge, torch.nextafter(edge, torch.tensor(-9.0)), torch.tensor(2.0), torch.tensor(-torch.inf)]).unsqueeze(0)
+    assert (logits >= least_kept(logits, Sampling(0.5, min_p=0.25))).tolist() == [[True, True, False, True, False]]
+    assert (logits >= least_kept(logits, Sampling(0.5, min_p=1))).tolist() == [[True, False, False, True, False]]
+    assert least_kept(logits, Sampling(1e30, min_p=0.25)).item() > -torch.inf
 
 
 def test_the_edge_of_top_p():
@@ -256,7 +268,8 @@ def test_drafts_have_the_texts_noise(candidates):
     (dict(temperature=1e31), r"temperature is 1e\+31; accepted is a number above 0 and at most 1e\+30"), (dict(temperature=10**400), "temperature is 1000"),
     (dict(temperature=None), "temperature is None"), (dict(top_k=0), "top_k is 0"), (dict(top_k=2.0), "top_k is 2.0"), (dict(top_k=True), "top_k is True"),
     (dict(top_p=0.0), "top_p is 0.0"), (dict(top_p=1.1), "top_p is 1.1"), (dict(top_p=math.nan), "top_p is nan"), (dict(top_p="0.9"), "top_p is '0.9'"),
-    (dict(top_p=True), "top_p is True"),
+    (dict(top_p=True), "top_p is True"), (dict(min_p=0), "min_p is 0"), (dict(min_p=1.5), "min_p is 1.5"), (dict(min_p=math.nan), "min_p is nan"),
+    (dict(min_p="0.1"), "min_p is '0.1'"),
 ], ids=str)  # fmt: skip
 def test_refused(values, word):
     with pytest.raises(ValueError, match=word):

@@ -19,7 +19,7 @@ from mtp_kernels.triton import _device, _noise, _tiles  # noqa: E402
 
 KERNELS = sys.modules["mtp_kernels.triton.linear_argmax"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SAMPLINGS = [Sampling(1.0), Sampling(0.6, 20, 0.9), Sampling(1.3, None, 0.6), Sampling(2.0, 3)]
+SAMPLINGS = [Sampling(1.0), Sampling(0.6, 20, 0.9), Sampling(1.3, None, 0.6), Sampling(2.0, 3), Sampling(0.9, None, 0.97, 0.05)]
 fused = functools.partial(linear_sample, implementation="triton")
 
 
@@ -144,7 +144,7 @@ def test_past_the_vocabularys_end_nothing_is_drawn(device):
 
 def test_operator(device):
     hidden, weight, keys = torch.randn(5, 16, device=device), torch.randn(40, 16, device=device), torch.arange(5, device=device)
-    for options in ((0.5, None, None), (1.0, 7, 0.9)):
+    for options in ((0.5, None, None, None), (1.0, 7, 0.9, 0.1)):
         torch.library.opcheck(torch.ops.mtp_kernels.linear_sample.default, (hidden, weight, keys, *options), test_utils=("test_schema", "test_faketensor"))
         compiled = torch.compile(lambda *x, options=options: fused(*x, Sampling(*options)), fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(hidden, weight, keys), fused(hidden, weight, keys, Sampling(*options)))

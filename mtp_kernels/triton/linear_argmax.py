@@ -52,9 +52,11 @@ def _linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
     return _best(x, weight)
 
 
-@operator(lambda x, weight, keys, temperature, top_k, top_p: _empty(x))
-def _linear_sample(x: Tensor, weight: Tensor, keys: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    return _best(x, weight, keys, Sampling(temperature, top_k, top_p))
+@operator(lambda x, weight, keys, temperature, top_k, top_p, min_p: _empty(x))
+def _linear_sample(
+    x: Tensor, weight: Tensor, keys: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
+) -> Tensor:
+    return _best(x, weight, keys, Sampling(temperature, top_k, top_p, min_p))
 
 
 def linear_argmax(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -62,5 +64,5 @@ def linear_argmax(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_sample(hidden: Tensor, weight: Tensor, keys: Tensor, sampling: Sampling) -> Tensor:
-    options = sampling.temperature, sampling.top_k, sampling.top_p
+    options = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
     return _linear_sample(rows(hidden, hidden.shape[-1]), weight, keys.reshape(-1).contiguous(), *options).view(hidden.shape[:-1])
