@@ -20,7 +20,12 @@ from mtp_kernels._choice import unchecked as unchecked
 from mtp_kernels.types import AttentionRule, SamplerWeights, Sampling
 
 MAX_RANK = 512
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = {  # and what each needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
 
 
 def _check_gated_lora(x, weight, lora_a, lora_b, gate, splits, bias) -> None:
@@ -194,37 +199,46 @@ def rms_norm(
 
 
 def rotary_frequencies(head_dim: int, theta: float = 10000.0, scaling: dict | None = None) -> Tensor:
-    """Rotary frequencies, (D / 2,) float32: theta ** (-2 i / D), then scaled (Su et al. 2021; Llama 3.1 for "llama3").
+    """Rotary frequencies, (D / 2,) float32: theta ** (-2 i / D), then scaled (Su et al. 2021; Llama 3.1 for "llama3"; Peng et al. 2023,
+    arXiv 2309.00071, for "yarn").
 
-    scaling: None or a Hugging Face `rope_scaling` / `rope_parameters` dict whose `rope_type` is "default", "linear"
-    (needs `factor`) or "llama3" (needs `factor`, `low_freq_factor`, `high_freq_factor`,
-    `original_max_position_embeddings`). Raises ValueError for an odd head size, another type, or a missing key.
+    scaling: None or a Hugging Face `rope_scaling` / `rope_parameters` dict whose `rope_type` is "default", "linear" (needs `factor`), "llama3"
+    (needs `factor`, `low_freq_factor`, `high_freq_factor`, `original_max_position_embeddings`) or "yarn" (needs `factor`,
+    `original_max_position_embeddings`, and heeds `beta_fast`, `beta_slow`, `truncate`; its tables are larger, see `rotary_scale`).
+    Raises ValueError for an odd head size, another type, or a missing key.
     """
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim is {head_dim}; accepted is a positive even number")
-    if scaling is not None:
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        needed = {"default": (), "linear": ("factor",)}.get(
-            kind, ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        )
-        if kind not in ROPE_TYPES:
-            raise ValueError(f"rope type is {kind!r}; accepted are {', '.join(ROPE_TYPES)}")
-        missing = [key for key in needed if scaling.get(key) is None]
-        if missing:
-            raise ValueError(f"rope type {kind!r} lacks {', '.join(missing)}; passed were {sorted(scaling)}")
+    _check_rope(scaling)
     return reference.rotary_frequencies(head_dim, theta, scaling)
 
 
-def rotary_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The factors of `rotary_embedding`: c = [cos a, cos a] and s = [-sin a, sin a], a = position * frequency.
+def _check_rope(scaling: dict | None) -> None:
+    kind = reference.rope_type(scaling)
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope type is {kind!r}; accepted are {', '.join(ROPE_TYPES)}")
+    missing = [key for key in ROPE_TYPES[kind] if scaling.get(key) is None]
+    if missing:
+        raise ValueError(f"rope type {kind!r} lacks {', '.join(missing)}; passed were {sorted(scaling)}")
 
-    positions: (...) integer. frequencies: (D / 2,) float32. Returns two (..., D), computed in float32, in `dtype`.
+
+def rotary_scale(scaling: dict | None = None) -> float:
+    """What the tables of this `scaling` (see `rotary_frequencies`) are multiplied by: 1, but for "yarn" its `attention_factor`, or what
+    follows from `factor`, `mscale` and `mscale_all_dim`, by default 0.1 ln(factor) + 1. Raises ValueError for another type, or a missing key."""
+    _check_rope(scaling)
+    return reference.rotary_scale(scaling)
+
+
+def rotary_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The factors of `rotary_embedding`: c = scale [cos a, cos a] and s = scale [-sin a, sin a], a = position * frequency.
+
+    positions: (...) integer. frequencies: (D / 2,) float32. scale: see `rotary_scale`. Returns two (..., D), computed in float32, in `dtype`.
     Raises ValueError for positions that are no integers or elsewhere, and for frequencies of another shape.
     """
     check_integer("positions", positions, frequencies.device)
     if frequencies.ndim != 1:
         raise ValueError(f"frequencies has shape {shape_of(frequencies)}; accepted is (D / 2,)")
-    return reference.rotary_tables(positions, frequencies, dtype)
+    return reference.rotary_tables(positions, frequencies, dtype, scale)
 
 
 def _check_norm(norm: Tensor | None, heads: int, d: int, form: str) -> None:

@@ -98,7 +98,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | No
 
 def rotary_frequencies(head_dim: int, theta: float = 10000.0, scaling: dict | None = None) -> Tensor:
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-    kind = "default" if scaling is None else scaling.get("rope_type", scaling.get("type", "default"))
+    kind = rope_type(scaling)
     if kind == "linear":
         return frequencies / scaling["factor"]
     if kind == "llama3":
@@ -107,12 +107,36 @@ def rotary_frequencies(head_dim: int, theta: float = 10000.0, scaling: dict | No
         wavelength = 2 * math.pi / frequencies
         smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)  # 0: long waves, slowed; 1: short, kept
         return (1 - smooth) * frequencies / factor + smooth * frequencies
+    if kind == "yarn":
+        factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+        turns = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1  # that a pair makes within the original length
+        first, last = (head_dim * math.log(original / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in turns)
+        if scaling.get("truncate", True):
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        slowed = ((torch.arange(head_dim // 2).float() - first) / ((last - first) or 0.001)).clamp(0, 1)
+        return slowed * frequencies / factor + (1 - slowed) * frequencies
     return frequencies
 
 
-def rotary_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def rope_type(scaling: dict | None) -> str:
+    return "default" if scaling is None else scaling.get("rope_type", scaling.get("type", "default"))
+
+
+def rotary_scale(scaling: dict | None = None) -> float:
+    if rope_type(scaling) != "yarn":
+        return 1.0
+
+    def larger(by: float = 1.0) -> float:
+        return 0.1 * by * math.log(max(scaling["factor"], 1)) + 1
+
+    given, one, other = (scaling.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    return float(given) if given is not None else larger(one) / larger(other) if one and other else larger()
+
+
+def rotary_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     angles = positions.unsqueeze(-1) * frequencies
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos() * scale, angles.sin() * scale
     return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 

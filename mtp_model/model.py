@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_kernels import Sampling, rotary_frequencies, sampling_keys, swiglu, unchecked
+from mtp_kernels import Sampling, rotary_frequencies, rotary_scale, sampling_keys, swiglu, unchecked
 from mtp_kernels.nn import RMSNorm, SamplerHead
 from mtp_model.cache import KVCache
 from mtp_model.config import ModelConfig, MTPConfig
@@ -143,7 +143,8 @@ class MTPModel(nn.Module):
         if kept is None or kept.shape[0] < least or kept.dtype is not self.dtype:
             with torch.inference_mode(False):  # training takes them too
                 positions = torch.arange(1 << (least - 1).bit_length(), device=self.device)
-                kept = torch.cat(self.operations.rotary_tables(positions, self.frequencies, self.dtype), -1)
+                scale = rotary_scale(self.config.rope_scaling)
+                kept = torch.cat(self.operations.rotary_tables(positions, self.frequencies, self.dtype, scale), -1)
             self.rotations = kept
         return F.embedding(rows.positions, kept).chunk(2, -1)
 

@@ -31,7 +31,7 @@ def test_reference_stands_alone():
     }  # fmt: skip
     for name in ("_block_attention.py", "_gradients.py"):
         assert {m.split(".")[0] for m, _ in imports(ROOT / "mtp_kernels" / name)} <= {"dataclasses", "torch"}
-    assert {m for m, _ in imports(ROOT / "mtp_kernels" / "_sampling.py")} == {"torch", "mtp_kernels.types"}
+    assert {m for m, _ in imports(ROOT / "mtp_kernels" / "_sampling.py")} == {"math", "torch", "mtp_kernels.types"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "mtp_kernels" / "triton").glob("*.py")), ids=lambda p: p.name)

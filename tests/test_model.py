@@ -27,6 +27,8 @@ SHAPES = {
     "head_dim from hidden": dict(head_dim=None, num_attention_heads=2, num_key_value_heads=1),
     "wide heads": dict(hidden_size=48, head_dim=24, num_attention_heads=6, num_key_value_heads=3),
     "llama3 rope": dict(rope_parameters=LLAMA3),
+    "yarn": dict(rope_parameters=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, rope_theta=10000.0)),
+    "qwen2, yarn": dict(family="qwen2", rope_parameters=dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=24, rope_theta=1e6, beta_fast=4)),
     "linear rope": dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)),
     "large theta": dict(rope_parameters=dict(rope_type="default", rope_theta=500000.0)),
     "attention bias": dict(attention_bias=True),

@@ -25,6 +25,7 @@ from mtp_kernels import (
     rms_norm,
     rotary_embedding,
     rotary_frequencies,
+    rotary_scale,
     rotary_tables,
     rotary_write,
     sampler_draft,
@@ -424,9 +425,16 @@ LLAMA3 = dict(
 )
 
 
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=1024)
+YARNS = [
+    YARN, YARN | dict(type="yarn", beta_fast=16, beta_slow=2), YARN | dict(truncate=False), YARN | dict(attention_factor=0.7),
+    YARN | dict(mscale=0.8, mscale_all_dim=1.2), YARN | dict(factor=0.5), YARN | dict(original_max_position_embeddings=4),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("d", [16, 64, 80, 128])
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
-@pytest.mark.parametrize("scaling", [None, dict(rope_type="default"), dict(type="linear", factor=3.0), LLAMA3])
+@pytest.mark.parametrize("scaling", [None, dict(rope_type="default"), dict(type="linear", factor=3.0), LLAMA3, *YARNS])
 def test_rotary_equals_transformers(d, theta, scaling):
     parameters = {"rope_type": "default"} | (scaling or {}) | {"rope_theta": theta}
     parameters["rope_type"] = parameters.pop("type", parameters["rope_type"])
@@ -438,7 +446,8 @@ def test_rotary_equals_transformers(d, theta, scaling):
     torch.testing.assert_close(frequencies, theirs.inv_freq, rtol=1e-6, atol=0)
     positions = torch.tensor([[0, 1, 5], [64, 700, 3]])
     x = randn(2, 3, 4, d)
-    cos, sin = rotary_tables(positions, frequencies)
+    cos, sin = rotary_tables(positions, frequencies, scale=rotary_scale(scaling))
+    assert rotary_scale(scaling) == theirs.attention_scaling
     expected, _ = apply_rotary_pos_emb(x, x, *theirs(x, positions), unsqueeze_dim=2)
     torch.testing.assert_close(rotary_embedding(x, cos, sin), expected, rtol=1e-4, atol=1e-4)
 

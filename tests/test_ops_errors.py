@@ -38,6 +38,7 @@ def valid(name):
         "attention": lambda: dict(q=zeros(5, 2, 4, 8), k=zeros(2, 2, 7, 8), v=zeros(2, 2, 7, 8), rule=rule()),
         "rms_norm": lambda: dict(x=zeros(3, 4), weight=zeros(4), residual=zeros(3, 4)),
         "rotary_frequencies": lambda: dict(head_dim=8, scaling=dict(rope_type="linear", factor=2.0)),
+        "rotary_scale": lambda: dict(scaling=dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=9)),
         "rotary_tables": lambda: dict(positions=integers(3), frequencies=zeros(4)),
         "rotary_embedding": lambda: dict(x=zeros(3, 2, 8), cos=zeros(3, 8), sin=zeros(3, 8), norm=zeros(2, 8)),
         "rotary_write": lambda: dict(
@@ -66,7 +67,7 @@ def valid(name):
     }[name]()  # fmt: skip
 
 
-OPS = ["gated_lora_linear", "attention", "rms_norm", "rotary_frequencies", "rotary_tables", "rotary_embedding",
+OPS = ["gated_lora_linear", "attention", "rms_norm", "rotary_frequencies", "rotary_scale", "rotary_tables", "rotary_embedding",
        "rotary_write", "linear_argmax", "swiglu", "sampler_hidden", "sampler_draft", "linear_cross_entropy", "latent_consistency",
        "accept", "accept_and_commit", "drafting_states", "lookup_drafts", "linear_sample", "sampling_keys"]  # fmt: skip
 
@@ -76,7 +77,7 @@ def test_the_unchanged_call_is_accepted(name):
     getattr(mtp_kernels, name)(**valid(name))
 
 
-@pytest.mark.parametrize("name", [n for n in OPS if n not in ("rotary_frequencies", "rotary_tables", "sampling_keys")])
+@pytest.mark.parametrize("name", [n for n in OPS if n not in ("rotary_frequencies", "rotary_scale", "rotary_tables", "sampling_keys")])
 def test_implementation(name):
     function = getattr(mtp_kernels, name)
     with pytest.raises(ValueError, match="implementation is 'cobol'; accepted are .*reference"):
@@ -159,7 +160,10 @@ CASES = [
     ("rms_norm", dict(residual=zeros(3, 4, device=META)), "residual .* on meta"),
     ("rotary_frequencies", dict(head_dim=7), "head_dim is 7"),
     ("rotary_frequencies", dict(head_dim=0), "head_dim is 0"),
-    ("rotary_frequencies", dict(scaling=dict(rope_type="yarn")), "'yarn'"),
+    ("rotary_frequencies", dict(scaling=dict(rope_type="longrope")), "'longrope'; accepted are default, linear, llama3, yarn"),
+    ("rotary_frequencies", dict(scaling=dict(rope_type="yarn")), "'yarn' lacks factor, original_max_position_embeddings"),
+    ("rotary_scale", dict(scaling=dict(rope_type="yarn", factor=2.0)), "lacks original_max_position_embeddings"),
+    ("rotary_scale", dict(scaling=dict(type="dynamic")), "'dynamic'"),
     ("rotary_frequencies", dict(scaling=dict(type="linear")), "lacks factor"),
     ("rotary_frequencies", dict(scaling=LLAMA3), "lacks original_max_position_embeddings"),
     ("rotary_tables", dict(positions=zeros(3)), "positions has dtype"),
