@@ -13,7 +13,7 @@ _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "use_slidi
 
 # model_type -> what transformers takes where a config.json says nothing, and what it takes whatever that says.
 FAMILIES = {
-    "llama": ({}, {}),
+    "llama": ({}, {"use_sliding_window": False}),
     "mistral": ({"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
                 {"attention_bias": False, "mlp_bias": False, "use_sliding_window": True, "max_window_layers": 0}),
     "qwen2": (_QWEN, {"attention_bias": True, "output_bias": False, "mlp_bias": False}),
@@ -26,6 +26,7 @@ class ModelConfig:
     """A Llama-family model. Field names are Hugging Face's, but for what these know by the family:
 
     attention_bias: q, k and v have a bias; output_bias: o has one. qk_norm: q's and k's heads are normalised before the rotation.
+    windows: of each layer, how many of the newest positions a token sees, its own among them; None: all. Empty: all of them in every layer.
     """
 
     vocab_size: int
@@ -45,13 +46,11 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     eos_token_ids: tuple[int, ...] = ()
+    windows: tuple[int | None, ...] = ()
 
     @classmethod
     def from_hf(cls, config: dict) -> "ModelConfig":
-        """Read the dict of a config.json. Raises ValueError naming what is not Llama-family about it.
-
-        A sliding window of some layer becomes max_position_embeddings, where it is shorter: up to there it hides nothing.
-        """
+        """Read the dict of a config.json. Raises ValueError naming what is not Llama-family about it."""
         kind = config.get("model_type")
         if not isinstance(kind, str) or kind not in FAMILIES:
             raise ValueError(f"model_type is {kind!r}; accepted are {', '.join(FAMILIES)} (Llama 2, 3.x, Tulu, Mistral, Qwen 2, 2.5, 3)")
@@ -84,9 +83,12 @@ class ModelConfig:
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         scaling = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
         rotary_frequencies(head_dim, scaling=scaling)  # refuses types that it does not know
-        behind = config["num_hidden_layers"] - config.get("max_window_layers", 0)  # layers, the last ones, that have the window
-        slides = config.get("use_sliding_window") and "sliding_attention" in (config.get("layer_types") or behind * ["sliding_attention"])
-        window = config.get("sliding_window") if slides else None
+        full, slides, layers = "full_attention", "sliding_attention", config["num_hidden_layers"]
+        kinds = config.get("layer_types") or [slides if i >= config.get("max_window_layers", 0) else full for i in range(layers)]
+        if len(kinds) != layers or not {*kinds} <= {full, slides}:
+            raise ValueError(f"layer_types is {kinds}; accepted are {full!r} or {slides!r} for each of {layers} layers")
+        window = config.get("sliding_window") if config.get("use_sliding_window") else None
+        windows = tuple(window if kind == slides else None for kind in kinds)
         return cls(
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
@@ -95,7 +97,7 @@ class ModelConfig:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=min(config.get("max_position_embeddings") or 2048, window or math.inf),
+            max_position_embeddings=config.get("max_position_embeddings") or 2048,
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
             rope_scaling=scaling,
@@ -105,6 +107,7 @@ class ModelConfig:
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=fixed.get("qk_norm", False),
             eos_token_ids=tuple(eos),
+            windows=windows if any(windows) else (),
         )
 
 

@@ -49,7 +49,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int, device=None, dtype=None):
         super().__init__()
-        self.index = index
+        self.index, self.window = index, config.windows[index] if config.windows else None
         self.operations = None  # MTPModel.use() sets them, here and in the modules below
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads, config.num_key_value_heads, config.head_dim,
@@ -90,7 +90,7 @@ class DecoderLayer(nn.Module):
             q, k = qk.split([heads, self.kv_heads], 2)
             keys, values = cache.update(self.index, k, v, rows.start, keep=rows.num_ntp > 0)
         # Masks alone see NTP keys of a pass before theirs, which is a constant.
-        attended = self.operations.attention(q, keys, values, rows.rule, ntp_key_gradients=rows.num_ntp > 0)
+        attended = self.operations.attention(q, keys, values, rows.rule_within(self.window), ntp_key_gradients=rows.num_ntp > 0)
         x = self.o_proj(attended.reshape(t * b, -1), gate, x)
         if trained:  # SwiGLU's input has to be kept
             wide = through(self.post_norm, x, self.gate_up_proj, gate)

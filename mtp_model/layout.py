@@ -211,6 +211,16 @@ class Rows:
             causal=self.causal,
         )
 
+    def rule_within(self, window: int | None) -> AttentionRule:
+        """The rule of a layer whose rows see only the newest `window` positions, their own among them (None: all); a mask its block too."""
+        if window is None or self.num_keys <= window:
+            return self.rule
+        rules = self.__dict__.setdefault("_windowed", {})  # once per pass, for all layers
+        if window not in rules:
+            first = (self.visible + (self.slot - window).unsqueeze(1)).clamp(min=0)
+            rules[window] = replace(self.rule, first=first if self.first is None else torch.maximum(first, self.first), causal=False)
+        return rules[window]
+
     def ntp_rows(self) -> "Rows":
         """The NTP rows alone: a pass of its own, since they never see a mask."""
         rows = self._part(slice(0, self.num_ntp), self.num_ntp, self.start, self.num_keys - self.num_masks)

@@ -64,9 +64,12 @@ def test_tokens_equal_autoregressive(shared, oracle, mode, k, batch, use_sampler
     assert stats.accepted == sorted(stats.accepted, reverse=True)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
-def test_other_families_write_transformers_text(toy_adapter_model, tmp_path, family):
-    model = toy_adapter_model(k=3, family=family, seed=3)
+@pytest.mark.parametrize("family, window", [
+    ("mistral", dict(sliding_window=None)), ("mistral", dict(sliding_window=6)), ("qwen2", {}), ("qwen3", {}),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)),
+], ids=str)  # fmt: skip
+def test_other_families_write_transformers_text(toy_adapter_model, tmp_path, family, window):
+    model = toy_adapter_model(k=3, family=family, seed=3, **window)
     expected = texts_of(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32))
     for mode in MODES:
         for static in (False, True):

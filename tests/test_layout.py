@@ -173,6 +173,33 @@ def test_parts_of_a_pass():
     assert masks.rule.block_size == 2 and ntp.rule.block_size == 0
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_window_hides_what_is_too_far_behind(data):
+    """Of any pass: a row sees what it saw, but tokens `window` positions or more before its own; also where lengths are on the device."""
+    k, window, batch = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 12)), data.draw(st.integers(1, 3))
+    starts = data.draw(st.lists(st.integers(0, 9), min_size=batch, max_size=batch))
+    if data.draw(st.booleans()):
+        length, first = 6, torch.tensor([[0, 0], [0, 1], [0, 1], [3, 1], [3, 4], [3, 4]]) if data.draw(st.booleans()) else None
+        batch, starts = (2, [0, 0]) if first is not None else (batch, starts)
+        layout = training_layout(length, torch.tensor([[1] * batch, [5] * batch]), k, first)
+    else:
+        layout = decoding_layout(data.draw(st.sampled_from(MODES)), k, tuple(data.draw(st.integers(0, 4)) for _ in range(batch)))
+    ids = torch.zeros(layout.num_ntp, batch, dtype=torch.int64)
+    rows = layout.at(ids, starts)
+    whole, mask_start = allowed_keys(rows.rule), rows.rule.mask_start
+    columns = torch.arange(rows.num_keys)
+    position = rows.visible.t() + layout.slot - 1  # by column; documents begin anew, at the same distance
+    near = columns > position.unsqueeze(-1) - window
+    expected = whole & (near | (columns >= mask_start[:, None, None]))
+    assert torch.equal(allowed_keys(rows.rule_within(window)), expected)
+    assert rows.rule_within(None) is rows.rule and rows.rule_within(10**9) is rows.rule and rows.rule_within(window) is rows.rule_within(window)
+    on_device = layout.at(ids, torch.tensor(starts), num_keys=rows.num_keys + 3)
+    assert torch.equal(allowed_keys(on_device.rule_within(window))[..., : rows.num_keys], expected)
+    ntp = layout.at(ids, [0] * batch).ntp_rows()
+    assert ntp.rule_within(window).causal == (layout.first is None and ntp.num_keys <= window)
+
+
 @pytest.mark.parametrize("start, packed, causal", [([0, 0], False, True), ([0, 1], False, False), ([0, 0], True, False), ("device", False, False)])
 def test_ntp_rows_of_whole_texts_are_causal(start, packed, causal):
     first = torch.zeros(4, 2, dtype=torch.int64) if packed else None

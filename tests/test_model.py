@@ -37,7 +37,11 @@ SHAPES = {
     "one layer": dict(num_hidden_layers=1, hidden_size=64),
     "sharded": dict(max_shard_size="10KB", vocab_size=97),
     "mistral": dict(family="mistral", sliding_window=None),
-    "mistral, window": dict(family="mistral", sliding_window=40, head_dim=8),
+    "mistral, window": dict(family="mistral", sliding_window=7, head_dim=8),
+    "qwen2, windows in the last layers": dict(family="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3, windows by name": dict(
+        family="qwen3", use_sliding_window=True, sliding_window=1, num_hidden_layers=3, layer_types=["sliding_attention", *["full_attention"] * 2]
+    ),
     "qwen2": dict(family="qwen2", tie_word_embeddings=True),
     "qwen3": dict(family="qwen3", num_key_value_heads=1),
     "qwen3, attention bias": dict(family="qwen3", attention_bias=True, head_dim=24),
@@ -89,7 +93,7 @@ def test_what_a_config_leaves_out_is_transformers_default(family):
         assert getattr(config, name) == getattr(theirs, name), name
     assert config.head_dim == (getattr(theirs, "head_dim", None) or 256 // 32) and config.rope_theta == theirs.rope_parameters["rope_theta"]
     window = getattr(theirs, "sliding_window", None)
-    assert config.max_position_embeddings == min(theirs.max_position_embeddings, window or 10**9)
+    assert config.max_position_embeddings == theirs.max_position_embeddings and config.windows == ((window,) * 2 if window else ())
     parameters = dict(AutoModelForCausalLM.from_config(theirs).named_parameters())
     for name, has in (("k_proj.bias", config.attention_bias), ("o_proj.bias", config.output_bias), ("q_norm.weight", config.qk_norm)):
         assert (f"model.layers.0.self_attn.{name}" in parameters) == has, name
@@ -104,31 +108,27 @@ def test_a_config_does_not_set_what_its_family_says():
         assert ModelConfig.from_hf(plain | others) == ModelConfig.from_hf(plain | dict.fromkeys(others, False)) == ModelConfig.from_hf(plain), family
 
 
-def test_a_sliding_window_ends_what_the_model_is_made_for():
-    """Up to there it hides nothing; Qwen's configs name one that is not used."""
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "llama"])
+def test_which_layers_have_a_window(family):
+    """Qwen's configs name one that is not used; of its models the layers from max_window_layers on have it, or those that layer_types names."""
     sizes = dict(vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    for family, window, used, expected in (
-        ("mistral", 4096, None, 4096), ("mistral", None, None, 9000), ("mistral", 10000, None, 9000),
-        ("qwen2", 4096, False, 9000), ("qwen3", 4096, None, 9000), ("llama", 4096, None, 9000),
-    ):  # fmt: skip
-        values = sizes | dict(model_type=family, max_position_embeddings=9000, sliding_window=window)
-        values |= {} if used is None else dict(use_sliding_window=used)
-        assert ModelConfig.from_hf(values).max_position_embeddings == expected, (family, window, used)
-
-
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_a_window_that_no_layer_has_ends_nothing(family):
-    """Of Qwen's models the layers from max_window_layers on have it, or those that layer_types names."""
-    sizes = dict(vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    window = dict(max_position_embeddings=9000, use_sliding_window=True)
     full, slides = "full_attention", "sliding_attention"
-    for layers in (
-        {}, dict(max_window_layers=0), dict(max_window_layers=1, sliding_window=4096), dict(max_window_layers=2), dict(max_window_layers=3),
-        dict(layer_types=[full, full], max_window_layers=0), dict(layer_types=[slides, full], max_window_layers=2),
+    for settings in (
+        {}, dict(sliding_window=None), dict(use_sliding_window=True), dict(use_sliding_window=True, sliding_window=None),
+        *(dict(use_sliding_window=True, sliding_window=9, max_window_layers=first) for first in range(4)),
+        *(dict(use_sliding_window=True, layer_types=[first, full], max_window_layers=2) for first in (full, slides)),
+        dict(use_sliding_window=False, sliding_window=9, max_window_layers=0),
     ):  # fmt: skip
-        theirs = AutoConfig.for_model(family, **sizes, **window, **layers)
-        expected = 4096 if slides in theirs.layer_types else 9000
-        assert ModelConfig.from_hf(sizes | window | layers | {"model_type": family}).max_position_embeddings == expected, layers
+        if family in ("mistral", "llama") and "layer_types" in settings:
+            continue
+        theirs = AutoConfig.for_model(family, **sizes, **settings)
+        window = None if family == "llama" else theirs.sliding_window
+        kinds = theirs.layer_types if family in ("qwen2", "qwen3") else [slides] * 2
+        expected = tuple(window if kind == slides else None for kind in kinds)
+        assert ModelConfig.from_hf(sizes | settings | {"model_type": family}).windows == (expected if any(expected) else ()), settings
+    for wrong in ([full], [full, "chunked_attention"]):
+        with pytest.raises(ValueError, match="layer_types is .* accepted are 'full_attention' or 'sliding_attention' for each of 2 layers"):
+            ModelConfig.from_hf(sizes | dict(model_type=family, layer_types=wrong))
 
 
 @torch.no_grad()

@@ -16,8 +16,9 @@ PROMPTS = [[1, 2, 3, 4, 5], [3, 1, 2]]
 
 @pytest.fixture(params=["llama"])
 def both(request, make_hf_dir, toy_adapter_model, tmp_path):
-    """The same model and adapter on either implementation."""
-    save_adapter(toy_adapter_model(k=2, rank=4, num_hidden_layers=1, family=request.param), tmp_path / "adapter", {})
+    """The same model and adapter on either implementation. mistral's layer sees four tokens."""
+    settings = {"sliding_window": 4} if request.param == "mistral" else {}
+    save_adapter(toy_adapter_model(k=2, rank=4, num_hidden_layers=1, family=request.param, **settings), tmp_path / "adapter", {})
 
     def load(implementation, dtype=torch.float32):
         model = load_model(tmp_path / "base", device=DEVICE, dtype=dtype, implementation=implementation)
@@ -26,7 +27,9 @@ def both(request, make_hf_dir, toy_adapter_model, tmp_path):
     return load
 
 
-@pytest.mark.parametrize("both, mode", [("qwen2", "linear"), ("qwen3", "quadratic"), ("llama", "quadratic-printed")], indirect=["both"])
+@pytest.mark.parametrize(
+    "both, mode", [("qwen2", "linear"), ("qwen3", "quadratic"), ("llama", "quadratic-printed"), ("mistral", "quadratic")], indirect=["both"]
+)
 def test_the_same_text(both, mode):
     """`test_static` has all modes, of a Llama."""
     fused, plain = both("triton"), both("reference")
@@ -41,7 +44,10 @@ def test_autoregressive_text(both):
     assert generate(both("triton"), PROMPTS, mode="autoregressive", max_new_tokens=5, eos=()).tokens == expected
 
 
-@pytest.mark.parametrize("both, dtype", [("llama", torch.float16), ("llama", torch.bfloat16), ("qwen3", torch.bfloat16)], indirect=["both"], ids=str)
+@pytest.mark.parametrize(
+    "both, dtype", [("llama", torch.float16), ("llama", torch.bfloat16), ("qwen3", torch.bfloat16), ("mistral", torch.bfloat16)],
+    indirect=["both"], ids=str,
+)  # fmt: skip
 def test_half_precision_text_is_autoregressive_text(both, dtype):
     """What the specification cannot promise: a row's bits do not depend on its neighbours in 16 bits either."""
     model = both("triton", dtype)
@@ -59,7 +65,7 @@ def test_drawn_text_is_autoregressive_text(both, dtype):
         assert generate(both("reference"), PROMPTS[:1], mode="linear", **options).tokens == expected
 
 
-@pytest.mark.parametrize("both", ["llama", "qwen3"], indirect=True)
+@pytest.mark.parametrize("both", ["llama", "qwen3", "mistral"], indirect=True)
 def test_the_same_gradients(both):
     batch = collate([Example(np.array([1, 2, 3, 4, 5, 0, 1]), np.array([False] * 3 + [True] * 4))] * 2, torch.device(DEVICE))
     losses, gradients = [], []
