@@ -139,6 +139,7 @@ class Parts:
                 for call in self.calls:
                     call()
         torch.cuda.current_stream().wait_stream(side)
+        self.held = step.model.rotations  # a graph keeps nothing alive
         pool, graphs = torch.cuda.graph_pool_handle(), []  # one pool: a graph reads what the one before left, in the order of the capture
         for call in self.calls:
             graph = torch.cuda.CUDAGraph()

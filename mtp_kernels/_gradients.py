@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 def reciprocal_rms(x: Tensor, eps: float) -> Tensor:
     """(..., 1) of x (..., d), float32 or float64."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.addcmul(torch.tensor(eps, dtype=x.dtype, device=x.device), norm, norm, value=1 / int(x.shape[-1])).rsqrt_()
+    return torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / int(x.shape[-1])).rsqrt_()
 
 
 def times_(x: Tensor, y: Tensor) -> Tensor:

@@ -289,7 +289,7 @@ def rotary_write(
     heads and k's, and eps: see `rotary_embedding`. Returns (T, B, H, D), contiguous; a rotated row has the bits that `rotary_embedding` gives it.
 
     start is read where it lies, without waiting for the device, so that its values are not checked: the caller guarantees that
-    0 <= start[b] and start[b] + T <= S. The Triton kernel leaves other columns' rows out, the reference raises IndexError.
+    0 <= start[b] and start[b] + T <= S. The Triton kernel leaves other columns' rows out, the reference raises IndexError past the end.
     Not differentiable. Raises ValueError for other shapes, dtypes, devices or strides, and for arguments that require gradients.
     """
     compute = choose(implementation, "rotary_write", qkv.device)
@@ -575,14 +575,17 @@ def drafting_states(
     z: (T, B, d), T = N + A k: N rows of tokens, then A blocks of k masks. anchors: (A, B) int64, the row that each block stands behind, in any
     order. accepted: (B,) int64. without: (B,) bool, sequences that are to have no drafts; default none.
     Returns (states (B, k, d), counts (B,) int64): counts is k, or 0 where no block stands behind the row or none is wanted, and the
-    states are then those of some block. Not differentiable. Raises ValueError for other shapes, dtypes or devices.
+    states are then those of some block. Not differentiable. Raises ValueError for other shapes, dtypes or devices, and for a z that requires gradients.
     """
     compute = choose(implementation, "drafting_states", z.device)
     check_floating("z", z)
+    if torch.is_grad_enabled() and z.requires_grad:
+        raise ValueError("z requires gradients; accepted is a tensor that does not, or any under torch.no_grad()")
     if type(k) is not int or k < 1:
         raise ValueError(f"k is {k!r}; accepted is an int from 1")
-    if z.ndim != 3 or anchors.ndim != 2 or not anchors.shape[0] or anchors.shape[1] != z.shape[1] or z.shape[0] < anchors.shape[0] * k:
-        raise ValueError(f"z has shape {shape_of(z)} and anchors {shape_of(anchors)}; accepted are (N + A k, B, d) and (A, B) with A from 1, k = {k}")
+    fits = z.ndim == 3 and anchors.ndim == 2 and anchors.shape[1] == z.shape[1] and z.shape[0] >= anchors.shape[0] * k
+    if not fits or not anchors.shape[0] or not z.shape[2]:
+        raise ValueError(f"z has shape {shape_of(z)} and anchors {shape_of(anchors)}; accepted are (N + A k, B, d) and (A, B), A and d from 1, k = {k}")
     each = {"anchors": anchors, "accepted": accepted} | ({} if without is None else {"without": without})
     for name, tensor in each.items():
         if name != "anchors":
@@ -594,9 +597,10 @@ def drafting_states(
 def lookup_drafts(text: Tensor, newest: Tensor, tokens: int, match: int = 2, *, implementation: str | None = None) -> tuple[Tensor, Tensor]:
     """Drafts copied from each text itself: what followed the last place at which its newest `match` tokens stood before (Saxena 2023).
 
-    text: (B, S) int64, tokens at their positions. newest: (B,) int64, the position of each text's newest token, 0 to S - 1; what stands behind
-    it is not looked at. tokens, match: 1 to 16. Returns (drafts (B, tokens) int64, found (B,) bool). A copy that comes to the newest token
-    goes on where it began, for a text that repeats itself with this period. Where nothing was found the drafts are some tokens of the text.
+    text: (B, S) int64, tokens at their positions. newest: (B,) int64, the position of each text's newest token, 0 to S - 1 (not checked, for it is
+    read where it lies); what stands behind it is not looked at. tokens, match: 1 to 16. Returns (drafts (B, tokens) int64, found (B,) bool).
+    A copy that comes to the newest token goes on where it began, for a text that repeats itself with this period. Where nothing was found the
+    drafts are some tokens of the text.
     Raises ValueError for other shapes, dtypes, devices or numbers.
     """
     compute = choose(implementation, "lookup_drafts", text.device)

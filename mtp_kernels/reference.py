@@ -153,7 +153,6 @@ def rotary_write(
     (t, b, heads, _), kv_heads = _sizes(qkv), int(keys.shape[2])
     qk, v = qkv.split([heads - kv_heads, kv_heads], dim=2)
     q, k = rotary_embedding(qk, cos, sin, norm, eps).split([heads - 2 * kv_heads, kv_heads], dim=2)
-    start = start if start.dtype is torch.int64 else start.long()  # not both: a trace takes a copy of itself for another tensor
     column = start + torch.arange(t, device=qkv.device).unsqueeze(1)  # (T, B)
     if b == 1:
         keys.index_copy_(0, column.flatten(), k), values.index_copy_(0, column.flatten(), v)

@@ -139,7 +139,6 @@ def load_model(
             some += [part[0].clone() for part in parts]
             if module.bias is not None:
                 put(module.bias, [tensors.get(f"{prefix}{p}.bias", s[:1]) for p, s in zip(_PARTS[name], sizes, strict=True)])
-    model.frequencies = MTPModel._frequencies(config).to(device)
     digest = hashlib.sha256(repr((config.hidden_size, config.num_hidden_layers, config.vocab_size)).encode())
     for tensor in some:
         digest.update(tensor.float().contiguous().numpy().tobytes())

@@ -91,7 +91,7 @@ class DecoderLayer(nn.Module):
             keys, values = cache.update(self.index, k, v, rows.start, keep=rows.num_ntp > 0)
         # Masks alone see NTP keys of a pass before theirs, which is a constant.
         attended = self.operations.attention(q, keys, values, rows.rule_within(self.window), ntp_key_gradients=rows.num_ntp > 0)
-        x = self.o_proj(attended.reshape(t * b, -1), gate, x)
+        x = self.o_proj(attended.reshape(t * b, heads * self.head_dim), gate, x)
         if trained:  # SwiGLU's input has to be kept
             wide = through(self.post_norm, x, self.gate_up_proj, gate)
             return through(self.operations.swiglu, wide, self.down_proj, gate, x)

@@ -38,7 +38,6 @@ class MTPModel(nn.Module):
             nn.init.normal_(self.lm_head, std=0.02)
         self.register_parameter("masks", None)
         self.sampler: SamplerHead | None = None
-        self.register_buffer("frequencies", self._frequencies(config).to(device), persistent=False)
         self.requires_grad_(False)
         self.use(implementation)
 
@@ -69,9 +68,11 @@ class MTPModel(nn.Module):
         """Whether the model computes with the Triton kernels."""
         return self.operations.linear_argmax is not unchecked("reference").linear_argmax
 
-    @staticmethod
-    def _frequencies(config: ModelConfig) -> Tensor:
-        return rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    @property
+    def frequencies(self) -> Tensor:
+        """(D / 2,) rotary frequencies, float32 (float64 of a model in that), as the config says."""
+        frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        return frequencies.to(self.device, torch.promote_types(self.dtype, torch.float32))
 
     @property
     def device(self) -> torch.device:
@@ -140,12 +141,9 @@ class MTPModel(nn.Module):
     def rotary(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """(T, B, D) each, the rows of `ops.rotary_tables` at the pass's positions, which are all below its num_keys."""
         kept, least = self.rotations, rows.num_keys
-        if kept is None or kept.shape[0] < least or kept.dtype is not self.dtype:
-            with torch.inference_mode(False):  # training takes them too
-                positions = torch.arange(1 << (least - 1).bit_length(), device=self.device)
-                scale = rotary_scale(self.config.rope_scaling)
-                kept = torch.cat(self.operations.rotary_tables(positions, self.frequencies, self.dtype, scale), -1)
-            self.rotations = kept
+        if kept is None or len(kept) < least:
+            positions, scale = torch.arange(1 << (least - 1).bit_length(), device=self.device), rotary_scale(self.config.rope_scaling)
+            kept = self.rotations = torch.cat(self.operations.rotary_tables(positions, self.frequencies, self.dtype, scale), -1)
         return F.embedding(rows.positions, kept).chunk(2, -1)
 
     def forward(self, rows: Rows, cache: KVCache) -> Tensor:
@@ -155,11 +153,11 @@ class MTPModel(nn.Module):
             raise ValueError(f"the pass has {rows.k} masks in a block; accepted are up to the adapter's {self.mtp.num_masks}")
         if self.mtp is not None and not self.mtp.gated:
             rows = replace(rows, gated=False)
-        x = self.embed_rows(rows).flatten(0, 1)
-        rotary = self.rotary(rows)
+        (t, b), width = map(int, rows.positions.shape), self.config.hidden_size
+        x, rotary = self.embed_rows(rows).view(t * b, width), self.rotary(rows)
         for layer in self.layers:
             x = layer(x, rows, rotary, cache)
-        return self.norm(x).view(*map(int, rows.positions.shape), -1)
+        return self.norm(x).view(t, b, width)
 
     def logits(self, z: Tensor) -> Tensor:
         """(..., V) logits of hidden states (..., d)."""

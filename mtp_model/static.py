@@ -4,7 +4,8 @@ What a step of `decode.Decoding` chooses on the host is data here: a sequence wi
 of them, and its other rows are padding (see `layout`). Its operations are recorded at its first run and then replayed: on a GPU as a CUDA graph
 with the rows of a step with all drafts, and the host reads what a step wrote while the next one works; on a CPU, for the specification, as a
 TorchScript trace, which spares a small model most of Python's time, and as others for steps with copied drafts, which have more rows or no
-masks, for there the host knows whether there are any and rows take time. The text is the same.
+masks, for there the host knows whether there are any and rows take time. The text is the same. A step is of the parameters as `nn.version` knows them:
+what is written through `.data` it may miss.
 
     step = take_step(model, batch, columns, StepOptions(mode, k))
     step.begin(...)                 # the outcome of a prefill into step.cache

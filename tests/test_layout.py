@@ -191,6 +191,8 @@ def test_a_window_hides_what_is_too_far_behind(data):
     columns = torch.arange(rows.num_keys)
     position = rows.visible.t() + layout.slot - 1  # by column; documents begin anew, at the same distance
     near = columns > position.unsqueeze(-1) - window
+    begins = 0 if layout.first is None else torch.cat([layout.first, layout.first.gather(0, layout.anchors).repeat_interleave(k, 0)])
+    assert torch.equal(rows.positions, position.t() - begins)
     expected = whole & (near | (columns >= mask_start[:, None, None]))
     assert torch.equal(allowed_keys(rows.rule_within(window)), expected)
     assert rows.rule_within(None) is rows.rule and rows.rule_within(10**9) is rows.rule and rows.rule_within(window) is rows.rule_within(window)

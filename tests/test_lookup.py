@@ -86,10 +86,12 @@ def test_with_masks_the_text_is_the_same(shared, oracle, mode, k, tokens, match,
     assert len(host.stats.offered) == max(k, tokens) and host.stats.accepted[0] > 0
 
 
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("k, tokens, match", [(2, 2, 2), (1, 1, 3)])
 @pytest.mark.parametrize("mode", ["linear", "quadratic"])
-def test_a_batch_is_its_texts_one_by_one(shared, mode):
+def test_a_batch_is_its_texts_one_by_one(shared, mode, k, tokens, match, static):
     """Some copy while others have masks, whose block none of the former may draft from in linear mode."""
-    options = dict(mode=mode, k=2, lookup=2, max_new_tokens=NEW, eos=())
+    options = dict(mode=mode, k=k, lookup=tokens, lookup_match=match, max_new_tokens=NEW, eos=(), static=static)
     together = generate(shared.model, PROMPTS, **options).stats
     alone = [generate(shared.model, [p], **options).stats for p in PROMPTS]
     assert together.passes == [stats.passes[0] for stats in alone]

@@ -1,5 +1,6 @@
 """The model computes what transformers' Llama and its kin compute, and an adapter never touches an ordinary token's row."""
 
+import copy
 import json
 import weakref
 
@@ -209,15 +210,24 @@ def test_rotations_are_kept_and_grow(toy_adapter_model, dtype):
         decoding_layout("linear", 2, (2,)).at(torch.zeros(3, 1, dtype=torch.int64), torch.tensor([2043]), num_keys=2048),
         decoding_layout("autoregressive", 1, (0,)).at(torch.zeros(1, 1, dtype=torch.int64), [2048]),
     ]
-    with torch.inference_mode():
-        model.rotary(passes[0])
+    model.rotary(passes[0])
+    assert model.rotations is not None and copy.deepcopy(model).rotations is None
     model.to(dtype)
+    assert model.rotations is None
     kept = []
     for rows in [*passes, *passes]:
         got = model.rotary(rows)
-        assert all(map(torch.equal, got, rotary_tables(rows.positions, model.frequencies, dtype))) and not got[0].is_inference()
+        assert all(map(torch.equal, got, rotary_tables(rows.positions, model.frequencies, dtype)))
         kept.append(model.rotations)
     assert all(one is other for one, other in zip(kept[4:], kept[5:], strict=False)) and len({len(x) for x in kept}) > 2
+
+
+@torch.no_grad()
+def test_a_pass_of_no_rows(toy_adapter_model):
+    model = toy_adapter_model(k=3)
+    rows = training_layout(4, torch.zeros(0, 2, dtype=torch.int64), 3).at(torch.ones(4, 2, dtype=torch.int64), [0, 0])
+    cache = KVCache(model.config, 2, 8)
+    assert model(rows.ntp_rows(), cache).shape == (4, 2, 32) and model(rows.mask_rows(), cache).shape == (0, 2, 32)
 
 
 def test_adding_and_removing(toy_model):

@@ -181,6 +181,16 @@ def test_a_recorded_constant_is_nothing_that_changes(toy_adapter_model):
         assert constants and not changing & {x.untyped_storage().data_ptr() for x in constants}
 
 
+def test_what_layers_have_in_common_is_recorded_once(toy_adapter_model):
+    """Which columns they write to, for one."""
+    model = toy_adapter_model(k=2, num_hidden_layers=3)
+    generate(model, PROMPTS[:1], mode="quadratic", max_new_tokens=5, static=True)
+    (step,) = model.kept_steps.values()
+    (recorded,) = step._recorded.values()
+    written = [list(node.inputs())[2].debugName() for node in recorded.graph.findAllNodes("aten::index_copy_")]
+    assert len(written) == 2 * 3 and len(set(written)) == 1
+
+
 def test_a_dropped_step_is_freed(toy_adapter_model):
     model = toy_adapter_model(k=2)
     generate(model, PROMPTS, mode="quadratic", lookup=3, max_new_tokens=5, static=True)
@@ -333,6 +343,10 @@ def test_nothing_waits_for_the_device(toy_adapter_model, monkeypatch, mode, cand
     monkeypatch.setattr(_device, "launch", lambda kernel, grid, *args, **options: launches.append(kernel))
     options = StepOptions(mode, 0 if mode == "autoregressive" else 2, True, candidates, frozenset({1}), sampling, lookup)
     step = StaticStep(model, 2, 300, options)
+    with torch.inference_mode():
+        step._step()  # what is made once, as in the runs before a capture
+    launches.clear()
+    monkeypatch.setattr(torch, "tensor", None)  # whose numbers come from the host, unseen below
     with torch.inference_mode(), _NoWaiting() as mode_of_calls:
         step._step()
         step._step()

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from mtp_kernels import drafting_states, lookup_drafts  # noqa: E402
 from mtp_kernels.testing import guarded, guarded_outputs, guarded_randn  # noqa: E402
 from mtp_kernels.triton import drafting as kernels  # noqa: E402
+from mtp_kernels.triton._tiles import lookup_tiles  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 IMPLEMENTATIONS = ["reference", "triton"]
@@ -95,7 +96,7 @@ def test_lookup_against_a_loop(tokens, match, width, implementation, device):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_lookup_in_a_long_text(implementation, device):
     """Places on either side of where one block of the search ends and the next begins, far from the newest token, and none."""
-    block, large = 4096, 2**40
+    large, (block, _) = 2**40, lookup_tiles(10**6)
     texts = []
     for place in (3, 200, block - 1, block, block + 1, block + 2, 2 * block):
         text = list(range(large, large + 2 * block + 100))
