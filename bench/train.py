@@ -7,17 +7,20 @@
 Ways: `ours` (`mtp_model.loss`: tokens are a frozen prefill, masks alone have gradients, no logits are kept), `ours-recompute` (with
 activation checkpointing), `plain` (`bench.plain_training`: all rows in one pass, the adapter on every row times its gate, a dense
 mask, all logits), `flex` (the same with FlexAttention; not on a CPU, where it has no backward). Each is held against float64 first:
-losses and every adapter gradient; the exit status is 1 if one is wrong. Steps are then timed in turn, in one process, and their peak memory is taken: on a
-CPU of a process for each way, on a GPU of its allocations.
+losses and every adapter gradient; the exit status is 1 if one is wrong. Steps are then timed in turn, and their peak memory is taken: on a CPU each
+way has a process of its own, for what one leaves on the heap may slow another down; on a GPU they share one, and its allocations count.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -62,6 +65,14 @@ def recipe(args) -> dict:
     return {"lcm_weight": args.lcm_weight, "mask_decay": args.mask_decay}
 
 
+def asked() -> Iterator[int]:
+    """0, 1, ... for the lines on standard input, one at a time; a line is written when it begins, and when each number has been dealt with."""
+    print(flush=True)
+    for number, _ in enumerate(sys.stdin):
+        yield number
+        print(flush=True)
+
+
 def alone(case: Case, way: Way, args) -> dict:
     """Some steps in this process: seconds, and its peak memory, all of it and what comes on top of model, optimizer and libraries."""
     job = build(case, args)
@@ -71,23 +82,65 @@ def alone(case: Case, way: Way, args) -> dict:
     job.batches = batches
     clock = WallClock(job.model.device)
     with PeakMemory(job.model.device) as peak:
-        marks = [clock.begin()]
-        for number in range(args.steps):
-            job.step(way, number)
-            marks.append(clock.end())
-    return {"peak_mib": peak.mib, "above_mib": peak.mib - peak.before_mib, "seconds": [b - a for a, b in itertools.pairwise(marks)]}
+        marks = []
+        for number in range(args.steps) if args.steps else asked():
+            marks.append((clock.begin(), job.step(way, number), clock.end()))
+    return {"peak_mib": peak.mib, "above_mib": peak.mib - peak.before_mib, "seconds": [end - begin for begin, _, end in marks]}
+
+
+def command(case: Case, way: Way, args, steps: int) -> list[str]:
+    """That runs `alone` in a process of its own."""
+    flags = ["--only", way.name, "--shape", case.shape, "--batch-size", case.batch_size, "--length", case.length, "--anchors", case.anchors or 0,
+             "--masks", case.masks, "--rank", case.rank, "--device", args.device, "--dtype", args.dtype, "--mask-decay", args.mask_decay,
+             "--lcm-weight", args.lcm_weight, "--steps", steps, "--threads", torch.get_num_threads(), "--json", "-"]  # fmt: skip
+    flags += ["--implementation", args.implementation] if args.implementation else []
+    return [sys.executable, "-m", "bench.train", *map(str, flags)]
+
+
+def ended(way: Way, code: int, errors: str) -> RuntimeError:
+    return RuntimeError(f"{way.name} by itself ended with {code}: {errors.strip()[-300:]}")
 
 
 def spawn(case: Case, way: Way, args) -> dict:
-    """`alone`, in a process of its own."""
-    flags = ["--only", way.name, "--shape", case.shape, "--batch-size", case.batch_size, "--length", case.length, "--anchors", case.anchors or 0,
-             "--masks", case.masks, "--rank", case.rank, "--device", args.device, "--dtype", args.dtype, "--mask-decay", args.mask_decay,
-             "--lcm-weight", args.lcm_weight, "--steps", args.steps, "--threads", torch.get_num_threads(), "--json", "-"]  # fmt: skip
-    flags += ["--implementation", args.implementation] if args.implementation else []
-    result = subprocess.run([sys.executable, "-m", "bench.train", *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+    """`alone`, `--steps` of them, in a process of its own."""
+    result = subprocess.run(command(case, way, args, args.steps), cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
-        raise RuntimeError(f"{way.name} by itself ended with {result.returncode}: {result.stderr.strip()[-300:]}")
+        raise ended(way, result.returncode, result.stderr)
     return json.loads(result.stdout)
+
+
+class Apart:
+    """A way in a process of its own, which makes a step with each call, and with `close` tells what `alone` found. Raises RuntimeError if it ends before."""
+
+    def __init__(self, case: Case, way: Way, args):
+        self.way, self.errors = way, tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            command(case, way, args, 0), cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+
+    def __enter__(self) -> "Apart":
+        self._wait()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+    def __call__(self) -> None:
+        with contextlib.suppress(BrokenPipeError):  # then there is no line to read either
+            print(file=self.process.stdin, flush=True)
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.process.stdout.readline() != "\n":
+            self.process.wait()
+            self.errors.seek(0)
+            raise ended(self.way, self.process.returncode, self.errors.read())
+
+    def close(self) -> dict:
+        out, _ = self.process.communicate()
+        return json.loads(out)
 
 
 def allocated(job: Job, way: Way) -> dict:
@@ -139,21 +192,22 @@ def measure(case: Case, ways: list[Way], args) -> list[dict]:
         if device.type == "cuda":
             job.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
+    tokens, mask_rows = job.tokens, job.mask_rows
     say("steps in turn")
-    for name, seconds in interleave(runs, WallClock(device), args.seconds, (args.rounds, 40)).items():
-        rows[name] |= {"seconds": seconds, "losses": numbers[name]}
+    with contextlib.ExitStack() as processes:
+        if device.type != "cuda":
+            del job
+            runs = {name: processes.enter_context(Apart(case, WAYS[name], args)) for name in runs}
+        for name, seconds in interleave(runs, WallClock(device), args.seconds, (args.rounds, 40)).items():
+            rows[name] |= {"seconds": seconds, "losses": numbers[name]}
+            if device.type != "cuda":
+                rows[name] |= {name: value for name, value in runs[name].close().items() if name != "seconds"}
     for row in rows.values():
         if "seconds" in row:
             median = percentiles(row["seconds"])[0]
             pairs = zip(rows[PLAIN]["seconds"], row["seconds"], strict=True) if "seconds" in rows.get(PLAIN, {}) else None
-            row |= {"tokens_per_second": job.tokens / median, "mask_rows_per_second": job.mask_rows / median,
+            row |= {"tokens_per_second": tokens / median, "mask_rows_per_second": mask_rows / median,
                     "over_plain": percentiles([a / b for a, b in pairs]) if pairs else None}  # fmt: skip
-    del job, runs
-    if device.type != "cuda":
-        for way in ways:
-            if rows[way.name]["status"] == "ok":
-                say(f"{way.name}: memory, by itself")
-                rows[way.name] |= {name: value for name, value in spawn(case, way, args).items() if name != "seconds"}
     bar.close()
     return [asdict(case) | rows[way.name] for way in ways]
 
@@ -237,7 +291,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fit", action="store_true", help="only the longest sequence that each way trains within --memory")
     parser.add_argument("--memory", type=float, metavar="GIB", help="for --fit: of the GPU (default: all of it), or of a process on a CPU")
     parser.add_argument("--only", choices=WAYS, help="one way by itself: memory and seconds of --steps steps, as JSON")
-    parser.add_argument("--steps", type=int, default=2, help="of --only (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="of --only (default %(default)s; 0: one for each line on standard input)")
     parser.add_argument("--json", nargs="?", const="", metavar="PATH", help="write a file (default of PATH: bench/results/DEVICE/train.json); -: print it")
     return parser
 
@@ -245,7 +299,7 @@ def build_parser() -> argparse.ArgumentParser:
 def settle(args) -> None:
     """Defaults that depend on the device. Raises ValueError for settings out of range."""
     args.dtype = args.dtype or default_dtype(args.device)
-    least = {"batch_size": 1, "length": 4, "anchors": 0, "rounds": 1, "steps": 1, "threads": 1, "rank": 1, "masks": 1}
+    least = {"batch_size": 1, "length": 4, "anchors": 0, "rounds": 1, "steps": 0, "threads": 1, "rank": 1, "masks": 1}
     for name, bound in least.items():
         value = getattr(args, name)
         if value is not None and value < bound:
@@ -287,7 +341,7 @@ def main(argv=None) -> int:
             if path:  # what stands, should the time run out
                 write_json(path, {"environment": where, "settings": settings, "records": records, "unfinished": True})
         text = main_table(records)
-        text += ("\n\nOver plain: of steps of the same round. Peak: of a step, by itself; above start: less what model, optimizer and libraries took before. "
+        text += ("\n\nOver plain: of steps of the same round. Peak: of steps by themselves; above start: less what model, optimizer and libraries took before. "
                  "Error: against float64.")  # fmt: skip
     left = [name for name in args.ways if WAYS[name] not in ways]
     if left:

@@ -122,13 +122,52 @@ def test_a_way_by_itself(monkeypatch):
     (case,) = train.cases(args)
     measured = train.spawn(case, WAYS["ours"], args)
     assert measured["peak_mib"] > measured["above_mib"] > 0 and len(measured["seconds"]) == 1
-    args = train.build_parser().parse_args(commands[0][3:])
-    assert train.cases(args) == [case] and args.only == "ours"
+    asked = train.build_parser().parse_args(commands[0][3:])
+    assert train.cases(asked) == [case] and asked.only == "ours"
+    with train.Apart(case, WAYS["ours"], args) as apart:
+        for _ in range(3):
+            apart()
+        measured = apart.close()
+    assert measured["peak_mib"] > measured["above_mib"] > 0 and len(measured["seconds"]) == 3 and apart.process.returncode == 0
+
+
+def test_a_way_that_ends_says_why():
+    args = train.build_parser().parse_args([*TINY, "--device", "cpu"])
+    train.settle(args)
+    (case,) = train.cases(args)
+    with pytest.raises(RuntimeError, match="ours by itself ended with 2: .*--masks is 0"), train.Apart(replace(case, masks=0), WAYS["ours"], args):
+        pass
+    with train.Apart(case, WAYS["ours"], args) as run:
+        run.process.kill()
+        with pytest.raises(RuntimeError, match="ours by itself ended with -9"):
+            run()
+
+
+class Beside:
+    """In the place of `Apart`: no process, and no step."""
+
+    asked = []
+
+    def __init__(self, case, way, args):
+        self.way = way
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __call__(self):
+        self.asked.append(self.way.name)
+
+    def close(self):
+        return {"peak_mib": 300.0, "above_mib": 100.0, "seconds": [1.0]}
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
-    path, asked = tmp_path / "train.json", []
-    monkeypatch.setattr(train, "spawn", lambda case, way, args: asked.append(way.name) or {"peak_mib": 300.0, "above_mib": 100.0, "seconds": [1.0]})
+    path = tmp_path / "train.json"
+    monkeypatch.setattr(train, "Apart", Beside)
+    monkeypatch.setattr(Beside, "asked", [])
     assert train.main([*TINY, "--ways", "ours", "plain", "flex", "--json", str(path)]) == 0
     values, shown = json.loads(path.read_text()), capsys.readouterr().out
     assert {"date", "device", "commit", "versions", "cpu_threads"} <= values["environment"].keys()
@@ -139,14 +178,14 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         assert record["status"] == "ok" and record["error"]["float32"] < 1e-4 and len(record["seconds"]) == 2
         assert record["peak_mib"] == 300 and record["above_mib"] == 100
         assert record["tokens_per_second"] > 0 and record["mask_rows_per_second"] > 0
-    assert asked == ["ours", "plain"]
+    assert Beside.asked[:2] == ["ours", "plain"] and Beside.asked.count("ours") == Beside.asked.count("plain") > 2
     assert plain["over_plain"] == [1, 1, 1] and ours["losses"] == pytest.approx(plain["losses"], rel=1e-4)
     assert shown.count("(best)") == 1 and "Left out: flex" in shown and all(line in shown for line in values["table"])
 
 
 def test_a_wrong_way_is_not_timed(monkeypatch, capsys):
     monkeypatch.setitem(WAYS, PLAIN, Way(PLAIN, wrong_gradient))
-    monkeypatch.setattr(train, "spawn", lambda *_: {"peak_mib": 1.0, "above_mib": 1.0})
+    monkeypatch.setattr(train, "Apart", Beside)
     assert train.main([*TINY, "--ways", "ours", "plain", "--json", "-"]) == 1
     shown = json.loads(capsys.readouterr().out)
     assert [record["status"] for record in shown["records"]] == ["ok", "wrong"] and "seconds" not in shown["records"][1]
@@ -159,7 +198,7 @@ def test_a_way_that_is_wrong_at_full_size_only_is_not_timed(monkeypatch, capsys)
         return (wrong_number if batch.ids.shape[1] > 2 else plain_loss)(model, batch, *args, **recipe)
 
     monkeypatch.setitem(WAYS, PLAIN, Way(PLAIN, loss))
-    monkeypatch.setattr(train, "spawn", lambda *_: {"peak_mib": 1.0, "above_mib": 1.0})
+    monkeypatch.setattr(train, "Apart", Beside)
     assert train.main([*TINY, "--batch-size", "3", "--ways", "ours", "plain"]) == 1
     assert "wrong" in capsys.readouterr().out
 
