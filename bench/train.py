@@ -88,25 +88,13 @@ def alone(case: Case, way: Way, args) -> dict:
     return {"peak_mib": peak.mib, "above_mib": peak.mib - peak.before_mib, "seconds": [end - begin for begin, _, end in marks]}
 
 
-def command(case: Case, way: Way, args, steps: int) -> list[str]:
-    """That runs `alone` in a process of its own."""
+def command(case: Case, way: Way, args) -> list[str]:
+    """That runs `alone`, a step for each line that it is sent."""
     flags = ["--only", way.name, "--shape", case.shape, "--batch-size", case.batch_size, "--length", case.length, "--anchors", case.anchors or 0,
              "--masks", case.masks, "--rank", case.rank, "--device", args.device, "--dtype", args.dtype, "--mask-decay", args.mask_decay,
-             "--lcm-weight", args.lcm_weight, "--steps", steps, "--threads", torch.get_num_threads(), "--json", "-"]  # fmt: skip
+             "--lcm-weight", args.lcm_weight, "--steps", 0, "--threads", torch.get_num_threads(), "--json", "-"]  # fmt: skip
     flags += ["--implementation", args.implementation] if args.implementation else []
     return [sys.executable, "-m", "bench.train", *map(str, flags)]
-
-
-def ended(way: Way, code: int, errors: str) -> RuntimeError:
-    return RuntimeError(f"{way.name} by itself ended with {code}: {errors.strip()[-300:]}")
-
-
-def spawn(case: Case, way: Way, args) -> dict:
-    """`alone`, `--steps` of them, in a process of its own."""
-    result = subprocess.run(command(case, way, args, args.steps), cwd=ROOT, capture_output=True, text=True)
-    if result.returncode:
-        raise ended(way, result.returncode, result.stderr)
-    return json.loads(result.stdout)
 
 
 class Apart:
@@ -115,7 +103,7 @@ class Apart:
     def __init__(self, case: Case, way: Way, args):
         self.way, self.errors = way, tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            command(case, way, args, 0), cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+            command(case, way, args), cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
 
     def __enter__(self) -> "Apart":
@@ -133,10 +121,12 @@ class Apart:
         self._wait()
 
     def _wait(self) -> None:
-        if self.process.stdout.readline() != "\n":
+        while (line := self.process.stdout.readline()) != "\n":
+            if line:  # of some library
+                continue
             self.process.wait()
             self.errors.seek(0)
-            raise ended(self.way, self.process.returncode, self.errors.read())
+            raise RuntimeError(f"{self.way.name} by itself ended with {self.process.returncode}: {self.errors.read().strip()[-300:]}")
 
     def close(self) -> dict:
         out, _ = self.process.communicate()
@@ -223,10 +213,18 @@ def longest(fits, start: int = LENGTH_UNIT) -> int:
     return good
 
 
+def peak_apart(case: Case, way: Way, args) -> float:
+    """Peak memory of two steps in a process of their own, MiB."""
+    with Apart(case, way, args) as run:
+        for _ in range(2):
+            run()
+        return run.close()["peak_mib"]
+
+
 def fit(case: Case, way: Way, args) -> int:
     """The longest sequence whose step stays within --memory: a GPU's allocations, or on a CPU the whole process."""
     if args.device == "cpu":
-        return longest(lambda length: spawn(replace(case, length=length), way, args)["peak_mib"] <= args.memory * 1024)
+        return longest(lambda length: peak_apart(replace(case, length=length), way, args) <= args.memory * 1024)
     device = torch.device(args.device)
     model = make_model(case, device, DTYPES[args.dtype], args.implementation)
 

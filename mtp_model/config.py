@@ -84,8 +84,8 @@ class ModelConfig:
         scaling = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
         rotary_frequencies(head_dim, scaling=scaling)  # refuses types that it does not know
         full, slides, layers = "full_attention", "sliding_attention", config["num_hidden_layers"]
-        kinds = config.get("layer_types") or [slides if i >= config.get("max_window_layers", 0) else full for i in range(layers)]
-        if len(kinds) != layers or not {*kinds} <= {full, slides}:
+        kinds = config.get("layer_types") or [slides if i >= (config.get("max_window_layers") or 0) else full for i in range(layers)]
+        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (full, slides) for kind in kinds):
             raise ValueError(f"layer_types is {kinds}; accepted are {full!r} or {slides!r} for each of {layers} layers")
         window = config.get("sliding_window") if config.get("use_sliding_window") else None
         windows = tuple(window if kind == slides else None for kind in kinds)

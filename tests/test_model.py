@@ -127,7 +127,7 @@ def test_which_layers_have_a_window(family):
         kinds = theirs.layer_types if family in ("qwen2", "qwen3") else [slides] * 2
         expected = tuple(window if kind == slides else None for kind in kinds)
         assert ModelConfig.from_hf(sizes | settings | {"model_type": family}).windows == (expected if any(expected) else ()), settings
-    for wrong in ([full], [full, "chunked_attention"]):
+    for wrong in ([full], [full, "chunked_attention"], [full, {}], 5):
         with pytest.raises(ValueError, match="layer_types is .* accepted are 'full_attention' or 'sliding_attention' for each of 2 layers"):
             ModelConfig.from_hf(sizes | dict(model_type=family, layer_types=wrong))
 
