@@ -120,13 +120,12 @@ def test_a_way_by_itself(monkeypatch):
     args = train.build_parser().parse_args([*TINY, "--device", "cpu", "--masks", "4"])
     train.settle(args)
     (case,) = train.cases(args)
-    assert train.peak_apart(case, WAYS["ours"], args) > 100
-    asked = train.build_parser().parse_args(commands[0][3:])
-    assert train.cases(asked) == [case] and asked.only == "ours"
     with train.Apart(case, WAYS["ours"], args) as apart:
         for _ in range(3):
             apart()
         measured = apart.close()
+    asked = train.build_parser().parse_args(commands[0][3:])
+    assert train.cases(asked) == [case] and asked.only == "ours"
     assert measured["peak_mib"] > measured["above_mib"] > 0 and len(measured["seconds"]) == 3 and apart.process.returncode == 0
 
 
@@ -161,6 +160,12 @@ class Beside:
 
     def close(self):
         return {"peak_mib": 300.0, "above_mib": 100.0, "seconds": [1.0]}
+
+
+def test_peak_is_of_steps(monkeypatch):
+    monkeypatch.setattr(train, "Apart", Beside)
+    monkeypatch.setattr(Beside, "asked", [])
+    assert train.peak_apart(None, WAYS["ours"], None) == 300 and Beside.asked == ["ours"] * 2
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

@@ -182,13 +182,14 @@ def test_a_recorded_constant_is_nothing_that_changes(toy_adapter_model):
 
 
 def test_what_layers_have_in_common_is_recorded_once(toy_adapter_model):
-    """Which columns they write to, for one."""
+    """Which columns they write to, for one; and what follows from parameters, such as their transposes, not at all."""
     model = toy_adapter_model(k=2, num_hidden_layers=3)
     generate(model, PROMPTS[:1], mode="quadratic", max_new_tokens=5, static=True)
     (step,) = model.kept_steps.values()
     (recorded,) = step._recorded.values()
     written = [list(node.inputs())[2].debugName() for node in recorded.graph.findAllNodes("aten::index_copy_")]
     assert len(written) == 2 * 3 and len(set(written)) == 1
+    assert len(recorded.graph.findAllNodes("aten::t")) < 2 * 3  # an adapter's expansion has one in each of a layer's four modules
 
 
 def test_a_dropped_step_is_freed(toy_adapter_model):
