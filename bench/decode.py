@@ -15,6 +15,7 @@ Tokens per step (the paper's "acceptance") and wall-clock speedup are different 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -24,21 +25,21 @@ from tqdm import tqdm
 
 from bench import decode_shape
 from bench.report import PeakMemory, environment, quartiles, shown, table, write_json
-from mtp_model import Decoding, MTPModel, generate, load_adapter, load_model
+from mtp_model import Decoding, MTPModel, generate, load_adapter
 from mtp_model.arguments import (
     DTYPES,
-    IMPLEMENTATIONS,
     add_lookup_arguments,
+    add_model_arguments,
     add_sampling_arguments,
-    default_device,
     default_dtype,
-    device_name,
+    load_asked_model,
     load_tokenizer,
     lookup_options,
     positive,
     sampling_options,
 )
-from mtp_model.demo import ABLATION, ADAPTER, BASE, HELD_OUT
+from mtp_model.demo import ABLATION, ADAPTER, HELD_OUT
+from mtp_model.hub import local_directory
 from mtp_model.layout import MODES
 from mtp_model.records import read_prompts
 
@@ -237,15 +238,16 @@ def plot(rows: list[Row], path: Path, title: str) -> bool:
 
 
 def check(
-    model: MTPModel, prompts: list[list[int]], new_tokens: int, ks: list[int], drawn: Drawn | None = None, lookup: dict | None = None
-) -> tuple[str, bool]:
-    """Every mode and k at batch 1 and 4: how many outputs equal autoregressive decoding's at batch 1."""
+    model: MTPModel, prompts: list[list[int]], new_tokens: int, modes: Sequence[str], ks: list[int],
+    drawn: Drawn | None = None, lookup: dict | None = None,
+) -> tuple[str, bool]:  # fmt: skip
+    """Autoregressive decoding and every mode and k at batch 1 and 4: how many outputs equal autoregressive decoding's at batch 1."""
     expected = [
         generate(model, [p], mode=AUTOREGRESSIVE, max_new_tokens=new_tokens, **texts(drawn, i, [p])).tokens[0]
         for i, p in enumerate(tqdm(prompts, desc="autoregressive", disable=None))
     ]
     lines, good = [], True
-    ways = [(AUTOREGRESSIVE, 0)] + [(mode, k) for mode in MODES[1:] for k in ks]
+    ways = [(AUTOREGRESSIVE, 0)] + [(mode, k) for mode in modes for k in ks]
     for mode, k in tqdm(ways, desc="check", disable=None):
         cells = [mode, str(k) if k else "-"]
         for size in (1, 4):
@@ -307,18 +309,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=BASE, metavar="DIR", help="Hugging Face directory (default: the demo model)")
+    add_model_arguments(parser)
     parser.add_argument("--adapter", type=Path, default=ADAPTER, metavar="DIR", help="default: the demo adapter")
-    parser.add_argument("--device", type=device_name, default=default_device(), help="default: %(default)s")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU that has it, else float32")
-    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: triton on a GPU, reference on a CPU")
     parser.add_argument("--modes", nargs="+", choices=MODES[1:], help="default: linear and quadratic")
     parser.add_argument("--k", type=int, nargs="+", help="masks per block (default: several by mode)")
-    parser.add_argument("--batch", type=positive, default=1, help="prompts decoded together (default 1)")
+    parser.add_argument("--batch", type=positive, help="prompts decoded together (default 1)")
     parser.add_argument("--prompts", type=Path, default=HELD_OUT, metavar="FILE", help="JSON lines or parquet, as for training (default: held-out source)")
     parser.add_argument("--num-prompts", type=positive, help="how many of them (default 16; with --check and --ablation 64)")
     parser.add_argument("--new-tokens", type=positive, default=100)
-    parser.add_argument("--repeats", type=positive, default=2)
+    parser.add_argument("--repeats", type=positive, help="how often every prompt is decoded in every way (default 2)")
     add_lookup_arguments(parser)
     add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="which prompt the sample shows")
@@ -330,6 +329,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def refuse_unheeded(args: argparse.Namespace) -> None:
+    """Raises ValueError for options of the timed table where it is not made."""
+    for only, names, why in (
+        ("check", ("batch", "repeats"), "decodes in batches of 1 and 4, once"),
+        ("ablation", ("modes", "batch", "repeats"), "decodes in both modes, one by one, once"),
+    ):
+        given = [f"--{name}" for name in names if getattr(args, only) and getattr(args, name) is not None]
+        if given:
+            raise ValueError(f"--{only} {why}, whatever {' and '.join(given)} may say; accepted is either without the other")
+    if args.ablation and len(args.k or ()) > 1:
+        raise ValueError(f"--k has {args.k}; accepted is one with --ablation")
+
+
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if any(argument.partition("=")[0] == "--shape" for argument in argv):
@@ -337,10 +349,12 @@ def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     drawn = Drawn(**sampling_options(args)) if sampling_options(args)["temperature"] else None
     lookup = lookup_options(args)
+    refuse_unheeded(args)
+    args.batch, args.repeats = args.batch or 1, args.repeats or 2
     args.out.mkdir(parents=True, exist_ok=True)  # before anything is measured
     dtype_name = args.dtype or default_dtype(args.device)
     device, dtype = torch.device(args.device), DTYPES[dtype_name]
-    model = load_adapter(args.adapter).apply(load_model(args.model, device=device, dtype=dtype, implementation=args.implementation), dtype)
+    model = load_adapter(args.adapter).apply(load_asked_model(args), dtype)
     tokenizer = load_tokenizer(args.model)
     count = args.num_prompts or (64 if args.check or args.ablation else 16)
     prompts = read_prompts([args.prompts], tokenizer, vocab_size=model.config.vocab_size, limit=count)
@@ -353,7 +367,7 @@ def main(argv=None) -> int:
           f"{len(prompts)} held-out prompts, up to {args.new_tokens} new tokens each, batch {args.batch}{f', drawn: {drawn}' if drawn else ''}\n")  # fmt: skip
 
     if args.check:
-        text, good = check(model, prompts, args.new_tokens, args.k or [1, 2, 4, 8], drawn, lookup)
+        text, good = check(model, prompts, args.new_tokens, args.modes or MODES[1:], args.k or [1, 2, 4, 8], drawn, lookup)
         print(text)
         write_json(args.out / "decode_check.json", {"environment": where, "settings": settings, "identical": good, "table": text.splitlines()})
         return 0 if good or dtype != torch.float32 else 1
@@ -373,7 +387,7 @@ def main(argv=None) -> int:
     rows += [Row(mode, k, lookup=copies) for mode, k in [(AUTOREGRESSIVE, 0), *ways]]
     peer = None
     if not args.no_transformers:
-        peer = Peer(args.model, device, dtype, drawn)
+        peer = Peer(local_directory(args.model), device, dtype, drawn)
         rows += [Row(GENERATE)] + ([Row(LOOKUP)] if args.batch == 1 else [])
     batches = [prompts[i : i + args.batch] for i in range(0, len(prompts), args.batch)]
     compare(rows, model, peer, batches, args.new_tokens, args.repeats, drawn)

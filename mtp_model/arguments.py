@@ -8,6 +8,7 @@ import torch
 from mtp_model.checkpoint import load_model
 from mtp_model.decode import sampling_of
 from mtp_model.demo import BASE
+from mtp_model.hub import local_directory
 from mtp_model.layout import MODES
 from mtp_model.lookup import lookup_of
 from mtp_model.model import MTPModel
@@ -45,10 +46,11 @@ def default_dtype(device: str) -> str:
     return "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
 
 
-def load_tokenizer(directory: Path):
-    """transformers' tokenizer of a Hugging Face directory. Raises ValueError naming the directory."""
+def load_tokenizer(directory: str | Path):
+    """transformers' tokenizer of what `load_model` opens. Raises ValueError naming the directory."""
     from transformers import AutoTokenizer
 
+    directory = local_directory(directory)
     try:
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # of many kinds, and few name a file
@@ -63,7 +65,10 @@ def refuse_masks(mode: str, k: int | None) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, default=BASE, metavar="DIR", help="Hugging Face directory: Llama, Mistral or Qwen (default: the demo model)")
+    parser.add_argument(
+        "--model", type=Path, default=BASE, metavar="DIR",
+        help="Hugging Face directory, or owner/name on the Hub: Llama, Mistral or Qwen (default: the demo model)",
+    )  # fmt: skip
     parser.add_argument("--device", type=device_name, default=default_device(), help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU that has it, else float32")
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: triton on a GPU, reference on a CPU")

@@ -1,4 +1,4 @@
-"""Hugging Face model directories in; adapter directories in and out. Only safetensors and JSON are ever read.
+"""Hugging Face models in, from directories or loaded; adapter directories in and out. Only safetensors and JSON are ever read.
 
 An adapter directory holds `adapter_model.safetensors` (masks, `layers.N.PROJ.lora_A` (R, in) and `lora_B` (out, R) for the
 seven projections, `sampler.*`) and `adapter_config.json` (its MTPConfig, the base's shape and fingerprint, free notes).
@@ -7,15 +7,17 @@ seven projections, `sampler.*`) and `adapter_config.json` (its MTPConfig, the ba
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtp_model.config import ModelConfig, MTPConfig
+from mtp_model.hub import local_directory
 from mtp_model.layers import STACKS
 from mtp_model.model import MTPModel
 
@@ -43,10 +45,28 @@ def _read_json(path: Path) -> dict:
 
 
 class _Tensors:
-    """The tensors of a model directory by name: a single model.safetensors, or shards with an index."""
+    """A checkpoint's tensors by name; `source` is what an error calls it by."""
+
+    def __init__(self, source: object, tensors: Mapping[str, Tensor]):
+        self.source, self.tensors = source, tensors
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name not in self.tensors:
+            raise ValueError(f"{self.source} lacks the tensor {name}")
+        tensor = self.tensors[name]
+        if tensor.is_meta:
+            raise ValueError(f"tensor {name} of {self.source} is not in memory; accepted is a model that is on its devices as a whole (not offloaded)")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"tensor {name} of {self.source} is {tensor.dtype}; accepted are {', '.join(map(str, DTYPES))}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"tensor {name} of {self.source} has shape {tuple(tensor.shape)}; its config says {shape}")
+        return tensor
+
+
+class _Files(Mapping):
+    """The tensors of a model directory: a single model.safetensors, or shards with an index."""
 
     def __init__(self, directory: Path):
-        self.directory = directory
         index = directory / "model.safetensors.index.json"
         if index.exists():
             names = _read_json(index).get("weight_map")
@@ -65,44 +85,64 @@ class _Tensors:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.files
+    def __iter__(self):
+        return iter(self.files)
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if name not in self.files:
-            raise ValueError(f"{self.directory} lacks the tensor {name}")
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, name: str) -> Tensor:
         path = self.files[name]
         if path not in self.handles:
             self.handles[path] = self._open(path)
         if name not in self.handles[path].keys():
             raise ValueError(f"{path} lacks the tensor {name} that the index places there")
-        tensor = self.handles[path].get_tensor(name)
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"tensor {name} of {self.directory} is {tensor.dtype}; accepted are {', '.join(map(str, DTYPES))}")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"tensor {name} of {self.directory} has shape {tuple(tensor.shape)}; its config says {shape}")
-        return tensor
+        return self.handles[path].get_tensor(name)
 
 
 def load_model(
-    directory: str | Path, *, device=None, dtype: torch.dtype | None = None, implementation: str | None = None
+    directory: str | Path, *, device=None, dtype: torch.dtype | None = None, implementation: str | None = None, revision: str | None = None
 ) -> MTPModel:
-    """Open a Hugging Face directory of the Llama family: model_type llama, mistral, qwen2 or qwen3.
+    """Open a Hugging Face directory of the Llama family, or a repository "owner/name" of the Hub: model_type llama, mistral, qwen2 or qwen3.
 
-    dtype: default the checkpoint's own. implementation: "triton", "reference" or None, see `MTPModel.use`. End-of-text ids are those of
-    generation_config.json, which transformers' generate heeds, or where it has none config.json's.
+    dtype: default the checkpoint's own. implementation: "triton", "reference" or None, see `MTPModel.use`. revision: of a repository. End-of-text
+    ids are those of generation_config.json, which transformers' generate heeds, or where it has none config.json's.
     Raises ValueError naming what is missing, of another shape, or not of the family, and for quantised weights.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory")
+    _check_dtype(dtype)
+    directory = local_directory(directory, revision)
+    values = _read_json(directory / "config.json")
+    generation = directory / "generation_config.json"
+    config = _config(values, _read_json(generation) if generation.exists() else {})
+    return _build(config, _Tensors(directory, _Files(directory)), device, dtype, implementation)
+
+
+def from_transformers(model: nn.Module, *, device=None, dtype: torch.dtype | None = None, implementation: str | None = None) -> MTPModel:
+    """The same of a causal language model of transformers that is loaded already. It is copied: the two share nothing.
+
+    device, dtype: default the model's own. Raises ValueError as `load_model` does; a model of PEFT is to be merged first (merge_and_unload).
+    """
+    _check_dtype(dtype)
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not hasattr(config, "to_dict"):
+        raise ValueError(f"the model is a {type(model).__name__}; accepted is a causal language model of transformers")
+    generation = getattr(model, "generation_config", None)
+    config = _config(config.to_dict(), {} if generation is None else generation.to_dict())
+    tensors = _Tensors(f"the {type(model).__name__}", model.state_dict())
+    return _build(config, tensors, next(model.parameters()).device if device is None else device, dtype, implementation)
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; accepted are {', '.join(map(str, DTYPES))}, or None for the checkpoint's own")
-    values = _read_json(directory / "config.json")
-    if (directory / "generation_config.json").exists():
-        values |= {key: value for key, value in _read_json(directory / "generation_config.json").items() if key == "eos_token_id" and value is not None}
-    config = ModelConfig.from_hf(values)
-    tensors = _Tensors(directory)
+
+
+def _config(values: dict, generation: dict) -> ModelConfig:
+    eos = generation.get("eos_token_id")
+    return ModelConfig.from_hf(values if eos is None else values | {"eos_token_id": eos})
+
+
+def _build(config: ModelConfig, tensors: _Tensors, device, dtype: torch.dtype | None, implementation: str | None) -> MTPModel:
     d, f, hd = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_attention_heads * hd, config.num_key_value_heads * hd
     shapes = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q),
@@ -141,7 +181,7 @@ def load_model(
                 put(module.bias, [tensors.get(f"{prefix}{p}.bias", s[:1]) for p, s in zip(_PARTS[name], sizes, strict=True)])
     digest = hashlib.sha256(repr((config.hidden_size, config.num_hidden_layers, config.vocab_size)).encode())
     for tensor in some:
-        digest.update(tensor.float().contiguous().numpy().tobytes())
+        digest.update(tensor.float().contiguous().cpu().numpy().tobytes())
     model.fingerprint = digest.hexdigest()[:16]
     model.use(implementation)
     if device.type == "cpu" and implementation != "triton":
@@ -249,11 +289,12 @@ def save_adapter(model: MTPModel, directory: str | Path, notes: dict | None = No
     os.replace(temporary, directory / ADAPTER_CONFIG)
 
 
-def load_adapter(directory: str | Path) -> Adapter:
-    """Read an adapter directory; needs no base model. Raises ValueError naming what is wrong with it."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory")
+def load_adapter(directory: str | Path, *, revision: str | None = None) -> Adapter:
+    """Read an adapter directory, or a repository "owner/name" of the Hugging Face Hub; needs no base model.
+
+    revision: of a repository. Raises ValueError naming what is wrong with it.
+    """
+    directory = local_directory(directory, revision)
     values = _read_json(directory / ADAPTER_CONFIG)
     if values.get("format") != FORMAT:
         raise ValueError(f"{directory / ADAPTER_CONFIG} has format {values.get('format')!r}; accepted is {FORMAT!r}")

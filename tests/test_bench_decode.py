@@ -11,6 +11,7 @@ from bench import decode, report
 from bench.report import PeakMemory, quartiles, table
 from mtp_model import generate, load_model
 from mtp_model.demo import ADAPTER, BASE
+from mtp_model.layout import MODES
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_drawn_text(tmp_path, capsys):
     assert [(r["identical"], r["compared"]) for r in rows] == [(2, 2)] * 4 + [(0, 0)] * 2
     assert {r["tokens"] for r in rows} == {24} and [r["lookup"].get("lookup") for r in rows] == [None, None, 5, 5, None, None]
     assert "top_k=40" in capsys.readouterr().out
-    model, prompts = decode.load_adapter(ADAPTER).apply(decode.load_model(BASE)), [[1, 2], [3]]
+    model, prompts = decode.load_adapter(ADAPTER).apply(load_model(BASE)), [[1, 2], [3]]
     greedy, drawn = (decode.acceptance(model, prompts, 12, "quadratic", 3, drawn=each) for each in (None, decode.Drawn(3.0)))
     assert drawn["pooled"] < greedy["pooled"]
 
@@ -75,16 +76,16 @@ def test_flags_of_drawn_and_copied_text_reach_every_job(tmp_path, monkeypatch):
     none, some = ({"lookup": tokens, "lookup_match": None} for tokens in (None, 7))
     assert seen == [(decode.Drawn(0.9, None, 0.5, 0.1), none), (None, some)] * 2
     monkeypatch.undo()
-    model = decode.load_adapter(ADAPTER).apply(decode.load_model(BASE, dtype=torch.float32))
-    text, good = decode.check(model, [[1, 2], [3], [4]], 5, [2], decode.Drawn(1.0))
+    model = decode.load_adapter(ADAPTER).apply(load_model(BASE, dtype=torch.float32))
+    text, good = decode.check(model, [[1, 2], [3], [4]], 5, MODES[1:], [2], decode.Drawn(1.0))
     assert good and text.count("3 of 3") == 2 * 4
     seen.clear()
     measure = decode.measure
     monkeypatch.setattr(decode, "measure", lambda row, *args, **options: seen.append(row.options) or measure(row, *args, **options))
     record = decode.acceptance(model, [[1, 2]], 3, "linear", 1, lookup=some)
     assert seen == [{"mode": "linear", "k": 1, **some}]
-    assert decode.check(model, [[1, 2]], 3, [2], lookup=some)[1]
-    assert seen[1:] == [{"mode": mode, "k": None if mode == "autoregressive" else 2, **some} for mode in decode.MODES for _ in range(2)]
+    assert decode.check(model, [[1, 2]], 3, MODES[1:], [2], lookup=some)[1]
+    assert seen[1:] == [{"mode": mode, "k": None if mode == "autoregressive" else 2, **some} for mode in MODES for _ in range(2)]
     seen.clear()
     monkeypatch.setattr(decode, "acceptance", lambda *_, **options: seen.append(options) or record)
     decode.ablation(model, [[1]], 5, 2, [ADAPTER], decode.Drawn(1.0), some)
@@ -109,7 +110,7 @@ def test_rows_are_warmed_up_as_they_are_measured_and_copies_are_not_drawn(tmp_pa
 
 
 def test_sample_brackets_hold_only_drafts():
-    model = decode.load_adapter(ADAPTER).apply(decode.load_model(BASE, dtype=torch.float32))
+    model = decode.load_adapter(ADAPTER).apply(load_model(BASE, dtype=torch.float32))
     tokenizer = decode.load_tokenizer(BASE)
     prompt = tokenizer("def main():\n    for i in range(")["input_ids"]
     text = decode.sample(model, tokenizer, prompt, decode.Row("quadratic", 4), 30, colour=False)
@@ -123,9 +124,9 @@ def test_sample_brackets_hold_only_drafts():
 
 
 def test_check_counts_a_wrong_text(monkeypatch):
-    model = decode.load_adapter(ADAPTER).apply(decode.load_model(BASE, dtype=torch.float32))
+    model = decode.load_adapter(ADAPTER).apply(load_model(BASE, dtype=torch.float32))
     prompts = [decode.load_tokenizer(BASE)("import os\n")["input_ids"]]
-    assert decode.check(model, prompts, 8, [2])[1]
+    assert decode.check(model, prompts, 8, MODES[1:], [2])[1]
     measure = decode.measure
 
     def wrong(row, *args, **options):
@@ -133,8 +134,30 @@ def test_check_counts_a_wrong_text(monkeypatch):
         return [[t[0] ^ 1, *t[1:]] for t in tokens] if row.name == "linear" else tokens
 
     monkeypatch.setattr(decode, "measure", wrong)
-    text, good = decode.check(model, prompts, 8, [2])
+    text, good = decode.check(model, prompts, 8, MODES[1:], [2])
     assert not good and "0 of 1" in text
+
+
+def test_check_of_some_modes(tmp_path, capsys):
+    arguments = ["--check", "--modes", "quadratic", "--k", "3", "--num-prompts", "2", "--new-tokens", "5", "--device", "cpu", "--out", str(tmp_path)]
+    assert decode.main(arguments) == 0
+    table = json.loads((tmp_path / "decode_check.json").read_text())["table"]
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["autoregressive", "quadratic"] and all("2 of 2" in line for line in table[2:])
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--check", "--batch", "2"], "--check decodes in batches of 1 and 4, once, whatever --batch may say"),
+        (["--check", "--batch", "2", "--repeats", "1"], "whatever --batch and --repeats may say"),
+        (["--ablation", "--modes", "linear"], "--ablation decodes in both modes, one by one, once, whatever --modes may say"),
+        (["--ablation", "--k", "2", "4"], r"--k has \[2, 4\]; accepted is one with --ablation"),
+    ],
+)
+def test_flags_that_would_go_unheeded(tmp_path, flags, word):
+    with pytest.raises(ValueError, match=word):
+        decode.main([*flags, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("own", [False, True])

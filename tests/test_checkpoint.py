@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import save_hf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from mtp_model import ModelConfig, MTPConfig, MTPModel, checkpoint, load_adapter, load_model, save_adapter
+from mtp_model import ModelConfig, MTPConfig, MTPModel, checkpoint, from_transformers, load_adapter, load_model, save_adapter
 from mtp_model.cache import KVCache
 from mtp_model.checkpoint import export_adapter, import_adapter
 from mtp_model.layout import prefill_layout
@@ -290,6 +292,49 @@ def test_dtype_is_the_checkpoints(make_hf_dir):
     edit_tensors(directory / "model.safetensors", lambda t: t.update({n: x.bfloat16() for n, x in t.items()}))
     assert load_model(directory).dtype == torch.bfloat16
     assert load_model(directory, dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "family, config",
+    [
+        ("llama", dict(tie_word_embeddings=True, attention_bias=True)),
+        ("llama", dict(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                        "original_max_position_embeddings": 64})),
+        ("mistral", dict(sliding_window=5)),
+        ("qwen2", dict()),
+        ("qwen3", dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),
+    ],
+)  # fmt: skip
+def test_a_model_that_is_loaded(tmp_path, family, config):
+    """It is what its directory would give, adapters fit it, and it shares nothing with the model it was made from."""
+    hf = save_hf(tmp_path / "model", family=family, **config)
+    hf.generation_config.eos_token_id = [2, 5]
+    hf.save_pretrained(tmp_path / "model")
+    opened, mine = load_model(tmp_path / "model"), from_transformers(hf)
+    assert mine.config == opened.config and mine.config.eos_token_ids == (2, 5) and mine.fingerprint == opened.fingerprint
+    assert torch.equal(states(mine, 0), states(opened, 0)) and not any(p.requires_grad for p in mine.parameters())
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            parameter.zero_()
+    assert torch.equal(states(mine, 0), states(opened, 0))
+    assert from_transformers(hf, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "make, options, word",
+    [
+        (lambda hf: hf.model, {}, "the LlamaModel lacks the tensor model.embed_tokens.weight"),
+        (lambda hf: torch.nn.Linear(2, 2), {}, "the model is a Linear; accepted is a causal language model of transformers"),
+        (lambda hf: hf.state_dict(), {}, "the model is a OrderedDict"),
+        (lambda hf: hf.to("meta"), {}, "is not in memory"),
+        (lambda hf: hf.half().to(torch.float8_e4m3fn), {}, "is torch.float8_e4m3fn; accepted"),
+        (lambda hf: AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=2)), {}, "model_type is 'gpt2'"),
+        (lambda hf: hf, {"dtype": torch.int8}, "dtype is torch.int8; accepted are"),
+    ],
+)
+def test_a_loaded_model_that_is_not_accepted(tmp_path, make, options, word):
+    with pytest.raises(ValueError, match=word):
+        from_transformers(make(save_hf(tmp_path / "model")), **options)
 
 
 def test_adapter_config_defaults():

@@ -9,8 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
-    "config", "layout", "lookup", "cache", "layers", "model", "checkpoint", "static", "decode", "arguments", "records", "data", "batches", "answers", "choose",
-    "loss", "train.config", "train.parallel", "train.watch", "train.trainer", "train", "train.command", "plot", "hf", "__main__", "train.__main__",
+    "config", "layout", "lookup", "cache", "layers", "model", "hub", "checkpoint", "static", "decode", "arguments", "records", "data", "batches",
+    "answers", "choose", "loss", "train.config", "train.parallel", "train.watch", "train.trainer", "train", "train.command", "plot", "hf", "__main__",
+    "train.__main__",
 ]  # fmt: skip
 
 
