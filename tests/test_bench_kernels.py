@@ -172,7 +172,7 @@ def test_readme_shows_what_the_command_prints():
         ["--operation", "gated_lora_linear", "gated_lora_swiglu", "--model", "Llama-3.1-8B", "--rows", "17", "81", "--rank", "128"]
     )
     printed = render.counts_table([kernels.count_row(case, 2) for case in kernels.select(arguments)])
-    assert printed in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert printed in (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
 
 
 def test_projections_touched_by_tiles():

@@ -550,11 +550,13 @@ def test_models_that_cannot_have_one(damage, word):
     assert not hasattr(model.model, "_gated_lora") and type(model.model.layers[0].mlp.up_proj) is nn.Linear
 
 
-def test_the_readme_example_runs(make_hf_dir):
+def test_the_readme_examples_run(make_hf_dir):
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     section = readme.split("## In a model you already have")[1].split("\n## ")[0]
-    code = re.search(r"```python\n(.*?)```", section, re.S).group(1)
+    code, layers = re.findall(r"```python\n(.*?)```", section, re.S)
     assert code.count('"my-llama"') == 1 and len([line for line in code.splitlines() if line.strip()]) <= 9
     space = {}
     exec(code.replace('"my-llama"', repr(str(make_hf_dir()))), space)
     assert space["adapted"].shape == (1, 5, 6) and not hasattr(space["model"].model, "_gated_lora")
+    exec(layers, space)
+    assert space["y"].shape == (2, 5, 64 + 16 + 16) and space["qkv"].rank == 16
