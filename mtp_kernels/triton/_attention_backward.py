@@ -18,7 +18,17 @@ ds = 0 by selection and not by multiplication, for its k and v may be anything.
 import triton
 import triton.language as tl
 
-from mtp_kernels.triton._attention_forward import RULE_STRIDES, allowed_keys, load_keys, load_rows, mask_key_range, packed_rows
+from mtp_kernels.triton._attention_forward import (
+    RULE_STRIDES,
+    allowed_keys,
+    first_keys,
+    load_keys,
+    load_queries,
+    load_rows,
+    mask_key_range,
+    of_head,
+    packed_rows,
+)
 
 
 @triton.jit
@@ -63,12 +73,10 @@ def query_gradient_kernel(
     most = tl.max(visible, 0)
     least = tl.min(tl.where(inside, visible, num_keys), 0)
 
-    b64 = b.to(tl.int64)
-    head64 = kv_head.to(tl.int64)
-    k_ptr += b64 * stride_kb + head64 * stride_kh
-    v_ptr += b64 * stride_vb + head64 * stride_vh
+    k_ptr = of_head(k_ptr, b, kv_head, stride_kb, stride_kh)
+    v_ptr = of_head(v_ptr, b, kv_head, stride_vb, stride_vh)
     index = (t.to(tl.int64) * B + b) * (KV_HEADS * GROUPS) + head
-    q = load_rows(q_ptr, t.to(tl.int64) * stride_qt + b64 * stride_qb + head * stride_qh, inside, D, BLOCK_D)
+    q, _ = load_queries(q_ptr, b, t, head, inside, stride_qt, stride_qb, stride_qh, D, BLOCK_D, 0)
     do = load_rows(do_ptr, index * D, inside, D, BLOCK_D)
     out = load_rows(out_ptr, index * D, inside, D, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
@@ -77,10 +85,8 @@ def query_gradient_kernel(
     inverse_z = tl.load(kept_ptr + tl.cast(T, tl.int64) * B * (KV_HEADS * GROUPS) + index, mask=inside, other=0.0)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    earliest = 0
+    earliest, latest = first_keys(first, inside, HAS_FIRST)
     if HAS_FIRST:  # key tiles start at the rows' first key, and if that is not one for all, each needs the rule
-        earliest = tl.min(first, 0)
-        latest = tl.max(tl.where(inside, first, 0), 0)
         least = tl.where(latest > earliest, earliest, tl.maximum(least, earliest))
     whole = earliest + (least - earliest) // BLOCK_S * BLOCK_S
     if earliest < whole:
@@ -179,11 +185,9 @@ def key_gradients_kernel(
             HAS_FIRST, SCAN,
         )  # fmt: skip
 
-    b64 = b.to(tl.int64)
-    head64 = kv_head.to(tl.int64)
     column64 = tl.cast(column, tl.int64)
-    k = load_keys(k_ptr + b64 * stride_kb + head64 * stride_kh + column64 * stride_ks, first_key, 0, end, stride_ks, D, BLOCK_S, BLOCK_D, True, False)
-    v = load_keys(v_ptr + b64 * stride_vb + head64 * stride_vh + column64 * stride_vs, first_key, 0, end, stride_vs, D, BLOCK_S, BLOCK_D, True, False)
+    k = load_keys(of_head(k_ptr, b, kv_head, stride_kb, stride_kh) + column64 * stride_ks, first_key, 0, end, stride_ks, D, BLOCK_S, BLOCK_D, True, False)
+    v = load_keys(of_head(v_ptr, b, kv_head, stride_vb, stride_vh) + column64 * stride_vs, first_key, 0, end, stride_vs, D, BLOCK_S, BLOCK_D, True, False)
     dk = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     if first_row < end_row:
@@ -193,7 +197,7 @@ def key_gradients_kernel(
             inside = t < end_row
             head = kv_head * GROUPS + row % GROUPS
             index = (t.to(tl.int64) * B + b) * (KV_HEADS * GROUPS) + head
-            q = load_rows(q_ptr, t.to(tl.int64) * stride_qt + b64 * stride_qb + head * stride_qh, inside, D, BLOCK_D)
+            q, _ = load_queries(q_ptr, b, t, head, inside, stride_qt, stride_qb, stride_qh, D, BLOCK_D, 0)
             do = load_rows(do_ptr, index * D, inside, D, BLOCK_D)
             m = tl.load(kept_ptr + index, mask=inside, other=0.0)
             inverse_z = tl.load(kept_ptr + tl.cast(T, tl.int64) * B * (KV_HEADS * GROUPS) + index, mask=inside, other=0.0)
@@ -216,7 +220,7 @@ def key_gradients_kernel(
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     d = tl.arange(0, BLOCK_D)
     written = (key < end)[:, None] & (d < D)[None, :]
-    offset = (b64 * KV_HEADS + head64) * stride_dh + column64 * D
+    offset = (b.to(tl.int64) * KV_HEADS + kv_head) * stride_dh + column64 * D
     offsets = offset + key.to(tl.int64)[:, None] * D + d[None, :]
     tl.store(dk_ptr + offsets, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=written)
     tl.store(dv_ptr + offsets, dv.to(dv_ptr.dtype.element_ty), mask=written)

@@ -102,6 +102,51 @@ def load_rows(base_ptr, offsets, inside, D: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
+def store_rows(base_ptr, offsets, x, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Its counterpart, for what has as many columns."""
+    d = tl.arange(0, BLOCK_D)
+    tl.store(base_ptr + offsets[:, None] + d[None, :], x.to(base_ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def of_head(ptr, b, kv_head, stride_b, stride_h):
+    """Where sequence b's keys or values of a head begin."""
+    return ptr + (b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h)
+
+
+@triton.jit
+def first_keys(first, inside, HAS_FIRST: tl.constexpr):
+    """(earliest, latest) of the rows' first keys."""
+    if HAS_FIRST:
+        return tl.min(first, 0), tl.max(tl.where(inside, first, 0), 0)
+    return 0, 0
+
+
+@triton.jit
+def load_queries(
+    q_ptr, b, t, head, inside, stride_qt, stride_qb, stride_qh, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+):  # fmt: skip
+    """A program's rows of Q in two parts, (BLOCK_M, BLOCK_D) and (BLOCK_M, BLOCK_TAIL), the second of no meaning where there is none."""
+    q_ptr += b.to(tl.int64) * stride_qb
+    offsets = t.to(tl.int64) * stride_qt + head * stride_qh
+    q = load_rows(q_ptr, offsets, inside, D, BLOCK_D)
+    q_tail = q
+    if BLOCK_TAIL > 0:
+        q_tail = load_rows(q_ptr + BLOCK_D, offsets, inside, D - BLOCK_D, BLOCK_TAIL)
+    return q, q_tail
+
+
+@triton.jit
+def no_sums(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr):
+    """(m, z, acc, acc_tail) of no keys."""
+    z = tl.zeros([BLOCK_M], tl.float32)
+    acc_tail = z
+    if BLOCK_TAIL > 0:
+        acc_tail = tl.zeros([BLOCK_M, BLOCK_TAIL], tl.float32)
+    return tl.full([BLOCK_M], float("-inf"), tl.float32), z, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), acc_tail
+
+
+@triton.jit
 def allowed_keys(
     column, end, first, visible, block, slot, key_block_ptr, key_slot_ptr, of_masks,
     HAS_FIRST: tl.constexpr, HAS_MASKS: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -221,11 +266,7 @@ def attend_kernel(
     least = tl.min(tl.where(inside, visible, num_keys), 0)
 
     # Keys [begin, whole) every row may attend; [checked, end) need the rule, read from column `start`.
-    earliest = 0
-    latest = 0
-    if HAS_FIRST:
-        earliest = tl.min(first, 0)
-        latest = tl.max(tl.where(inside, first, 0), 0)
+    earliest, latest = first_keys(first, inside, HAS_FIRST)
     begin, whole, end = piece_of_keys(piece, earliest, latest, least, tl.max(visible, 0), PIECE, BLOCK_S, HAS_FIRST)
     checked = whole
     start = tl.cast(0, tl.int64)
@@ -249,22 +290,10 @@ def attend_kernel(
     if begin >= end:
         return
 
-    b64 = b.to(tl.int64)
-    head64 = kv_head.to(tl.int64)
-    k_ptr += b64 * stride_kb + head64 * stride_kh
-    v_ptr += b64 * stride_vb + head64 * stride_vh
-    TAIL: tl.constexpr = D - BLOCK_D
-    q_ptr += b64 * stride_qb
-    q_offsets = t.to(tl.int64) * stride_qt + head * stride_qh
-    q = load_rows(q_ptr, q_offsets, inside, D, BLOCK_D)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    z = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    q_tail = q
-    acc_tail = z
-    if BLOCK_TAIL > 0:
-        q_tail = load_rows(q_ptr + BLOCK_D, q_offsets, inside, TAIL, BLOCK_TAIL)
-        acc_tail = tl.zeros([BLOCK_M, BLOCK_TAIL], tl.float32)
+    k_ptr = of_head(k_ptr, b, kv_head, stride_kb, stride_kh)
+    v_ptr = of_head(v_ptr, b, kv_head, stride_vb, stride_vh)
+    q, q_tail = load_queries(q_ptr, b, t, head, inside, stride_qt, stride_qb, stride_qh, D, BLOCK_D, BLOCK_TAIL)
+    m, z, acc, acc_tail = no_sums(BLOCK_M, BLOCK_D, BLOCK_TAIL)
     if begin < whole:
         m, z, acc, acc_tail = _attend(
             m, z, acc, acc_tail, q, q_tail, first, visible, block, slot, earliest, begin, whole,
@@ -281,11 +310,9 @@ def attend_kernel(
     index = ((tl.program_id(2).to(tl.int64) * T + t) * B + b) * (KV_HEADS * GROUPS) + head
     tl.store(max_ptr + index, m, mask=inside)
     tl.store(sum_ptr + index, z, mask=inside)
-    d = tl.arange(0, BLOCK_D)
-    tl.store(acc_ptr + index[:, None] * D + d[None, :], acc, mask=inside[:, None] & (d < D)[None, :])
+    store_rows(acc_ptr, index * D, acc, inside, D, BLOCK_D)
     if BLOCK_TAIL > 0:
-        d = tl.arange(0, BLOCK_TAIL)
-        tl.store(acc_ptr + BLOCK_D + index[:, None] * D + d[None, :], acc_tail, mask=inside[:, None] & (d < TAIL)[None, :])
+        store_rows(acc_ptr + BLOCK_D, index * D, acc_tail, inside, D - BLOCK_D, BLOCK_TAIL)
 
 
 @triton.jit
@@ -296,12 +323,7 @@ def _add_piece(
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
     """The running sums and those of the piece [begin, end), on the rows that have it; every row may attend its keys before `whole`."""
-    m_piece = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    z_piece = tl.zeros([BLOCK_M], tl.float32)
-    acc_piece = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    tail_piece = z_piece
-    if BLOCK_TAIL > 0:
-        tail_piece = tl.zeros([BLOCK_M, BLOCK_TAIL], tl.float32)
+    m_piece, z_piece, acc_piece, tail_piece = no_sums(BLOCK_M, BLOCK_D, BLOCK_TAIL)
     if not MASKS:
         if begin < whole:
             m_piece, z_piece, acc_piece, tail_piece = _attend(
@@ -344,28 +366,12 @@ def attend_whole_kernel(
     )  # fmt: skip
     most = tl.max(visible, 0)
     least = tl.min(tl.where(inside, visible, num_keys), 0)
-    earliest = 0
-    latest = 0
-    if HAS_FIRST:
-        earliest = tl.min(first, 0)
-        latest = tl.max(tl.where(inside, first, 0), 0)
+    earliest, latest = first_keys(first, inside, HAS_FIRST)
 
-    b64 = b.to(tl.int64)
-    head64 = kv_head.to(tl.int64)
-    k_ptr += b64 * stride_kb + head64 * stride_kh
-    v_ptr += b64 * stride_vb + head64 * stride_vh
-    TAIL: tl.constexpr = D - BLOCK_D
-    q_ptr += b64 * stride_qb
-    q_offsets = t.to(tl.int64) * stride_qt + head * stride_qh
-    q = load_rows(q_ptr, q_offsets, inside, D, BLOCK_D)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    z = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    q_tail = q
-    acc_tail = z
-    if BLOCK_TAIL > 0:
-        q_tail = load_rows(q_ptr + BLOCK_D, q_offsets, inside, TAIL, BLOCK_TAIL)
-        acc_tail = tl.zeros([BLOCK_M, BLOCK_TAIL], tl.float32)
+    k_ptr = of_head(k_ptr, b, kv_head, stride_kb, stride_kh)
+    v_ptr = of_head(v_ptr, b, kv_head, stride_vb, stride_vh)
+    q, q_tail = load_queries(q_ptr, b, t, head, inside, stride_qt, stride_qb, stride_qh, D, BLOCK_D, BLOCK_TAIL)
+    m, z, acc, acc_tail = no_sums(BLOCK_M, BLOCK_D, BLOCK_TAIL)
 
     for piece in range(earliest // PIECE, tl.cdiv(most, PIECE)):
         begin, whole, end = piece_of_keys(piece, earliest, latest, least, most, PIECE, BLOCK_S, HAS_FIRST)
@@ -391,12 +397,9 @@ def attend_whole_kernel(
 
     index = (t.to(tl.int64) * B + b) * (KV_HEADS * GROUPS) + head
     z = tl.where(z == 0, 1.0, z)  # only rows without a key, which are padding
-    d = tl.arange(0, BLOCK_D)
-    dtype = out_ptr.dtype.element_ty
-    tl.store(out_ptr + index[:, None] * D + d[None, :], (acc / z[:, None]).to(dtype), mask=inside[:, None] & (d < D)[None, :])
+    store_rows(out_ptr, index * D, acc / z[:, None], inside, D, BLOCK_D)
     if BLOCK_TAIL > 0:
-        d = tl.arange(0, BLOCK_TAIL)
-        tl.store(out_ptr + BLOCK_D + index[:, None] * D + d[None, :], (acc_tail / z[:, None]).to(dtype), mask=inside[:, None] & (d < TAIL)[None, :])
+        store_rows(out_ptr + BLOCK_D, index * D, acc_tail / z[:, None], inside, D - BLOCK_D, BLOCK_TAIL)
     if KEEP:
         tl.store(kept_ptr + index, tl.where(m == float("-inf"), 0.0, m), mask=inside)
         tl.store(kept_ptr + tl.cast(T, tl.int64) * B * (KV_HEADS * GROUPS) + index, 1.0 / z, mask=inside)
