@@ -39,7 +39,7 @@ from mtp_model.arguments import (
     sampling_options,
 )
 from mtp_model.demo import ABLATION, ADAPTER, HELD_OUT
-from mtp_model.hub import local_directory
+from mtp_model.hub import MODEL, local_directory
 from mtp_model.layout import MODES
 from mtp_model.records import read_prompts
 
@@ -310,8 +310,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m bench.decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_arguments(parser)
-    parser.add_argument("--adapter", type=Path, default=ADAPTER, metavar="DIR", help="default: the demo adapter")
-    parser.add_argument("--modes", nargs="+", choices=MODES[1:], help="default: linear and quadratic")
+    parser.add_argument("--adapter", type=Path, default=ADAPTER, metavar="DIR", help="directory, or owner/name on the Hub (default: the demo adapter)")
+    parser.add_argument("--modes", nargs="+", choices=MODES[1:], help="default: linear and quadratic; with --check all three")
     parser.add_argument("--k", type=int, nargs="+", help="masks per block (default: several by mode)")
     parser.add_argument("--batch", type=positive, help="prompts decoded together (default 1)")
     parser.add_argument("--prompts", type=Path, default=HELD_OUT, metavar="FILE", help="JSON lines or parquet, as for training (default: held-out source)")
@@ -320,7 +320,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=positive, help="how often every prompt is decoded in every way (default 2)")
     add_lookup_arguments(parser)
     add_sampling_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="which prompt the sample shows")
+    parser.add_argument("--seed", type=int, help="which prompt the sample shows (default: the first)")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers' rows out")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="for decode.json and decode.png (default: results)")
     only = parser.add_mutually_exclusive_group()
@@ -331,11 +331,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def refuse_unheeded(args: argparse.Namespace) -> None:
     """Raises ValueError for options of the timed table where it is not made."""
+    table_alone = ("batch", "repeats", "seed", "no_transformers")
     for only, names, why in (
-        ("check", ("batch", "repeats"), "decodes in batches of 1 and 4, once"),
-        ("ablation", ("modes", "batch", "repeats"), "decodes in both modes, one by one, once"),
+        ("check", table_alone, "decodes in batches of 1 and 4, once, and shows no sample"),
+        ("ablation", ("modes", *table_alone), "decodes in both modes, one by one, once, and shows no sample"),
     ):
-        given = [f"--{name}" for name in names if getattr(args, only) and getattr(args, name) is not None]
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, only) and getattr(args, name) not in (None, False)]
         if given:
             raise ValueError(f"--{only} {why}, whatever {' and '.join(given)} may say; accepted is either without the other")
     if args.ablation and len(args.k or ()) > 1:
@@ -350,7 +351,8 @@ def main(argv=None) -> int:
     drawn = Drawn(**sampling_options(args)) if sampling_options(args)["temperature"] else None
     lookup = lookup_options(args)
     refuse_unheeded(args)
-    args.batch, args.repeats = args.batch or 1, args.repeats or 2
+    if not args.check and not args.ablation:
+        args.batch, args.repeats, args.seed = args.batch or 1, args.repeats or 2, args.seed or 0
     args.out.mkdir(parents=True, exist_ok=True)  # before anything is measured
     dtype_name = args.dtype or default_dtype(args.device)
     device, dtype = torch.device(args.device), DTYPES[dtype_name]
@@ -361,13 +363,15 @@ def main(argv=None) -> int:
     bad = [k for k in args.k or () if not 1 <= k <= model.mtp.num_masks]
     if bad:
         raise ValueError(f"--k has {bad}; accepted are 1 to the adapter's {model.mtp.num_masks}")
+    ks = args.k or [k for k in (1, 2, 4, 8) if k <= model.mtp.num_masks]
     where = environment(device)
     settings = {key: shown(value) for key, value in vars(args).items()} | {"dtype": dtype_name}
+    batch = "1 and 4" if args.check else args.batch or 1
     print(f"{where['device']}, {dtype_name}, {where['cpu_threads']} CPU threads, torch {where['versions']['torch']}; "
-          f"{len(prompts)} held-out prompts, up to {args.new_tokens} new tokens each, batch {args.batch}{f', drawn: {drawn}' if drawn else ''}\n")  # fmt: skip
+          f"{len(prompts)} held-out prompts, up to {args.new_tokens} new tokens each, batch {batch}{f', drawn: {drawn}' if drawn else ''}\n")  # fmt: skip
 
     if args.check:
-        text, good = check(model, prompts, args.new_tokens, args.modes or MODES[1:], args.k or [1, 2, 4, 8], drawn, lookup)
+        text, good = check(model, prompts, args.new_tokens, args.modes or MODES[1:], ks, drawn, lookup)
         print(text)
         write_json(args.out / "decode_check.json", {"environment": where, "settings": settings, "identical": good, "table": text.splitlines()})
         return 0 if good or dtype != torch.float32 else 1
@@ -380,14 +384,13 @@ def main(argv=None) -> int:
 
     rows = [Row(AUTOREGRESSIVE)]
     for mode in args.modes or DEFAULT_ROWS:
-        ks = args.k or [k for k in DEFAULT_ROWS.get(mode, (1, 2, 4, 8)) if k <= model.mtp.num_masks]
-        rows += [Row(mode, k) for k in ks]
+        rows += [Row(mode, k) for k in args.k or DEFAULT_ROWS.get(mode, ks) if k <= model.mtp.num_masks]
     copies = lookup if args.lookup else {"lookup": COPIED}
     ways = [(mode, k) for mode in args.modes or DEFAULT_ROWS for k in args.k or [min(COPIED_K, model.mtp.num_masks)]]
     rows += [Row(mode, k, lookup=copies) for mode, k in [(AUTOREGRESSIVE, 0), *ways]]
     peer = None
     if not args.no_transformers:
-        peer = Peer(local_directory(args.model), device, dtype, drawn)
+        peer = Peer(local_directory(args.model, MODEL), device, dtype, drawn)
         rows += [Row(GENERATE)] + ([Row(LOOKUP)] if args.batch == 1 else [])
     batches = [prompts[i : i + args.batch] for i in range(0, len(prompts), args.batch)]
     compare(rows, model, peer, batches, args.new_tokens, args.repeats, drawn)

@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     speak = commands.add_parser("generate", help="continue a prompt")
     add_model_arguments(speak)
-    speak.add_argument("--adapter", type=Path, metavar="DIR", help="default: the demo adapter, for the demo model")
+    speak.add_argument("--adapter", type=Path, metavar="DIR", help="directory, or owner/name on the Hub (default: the demo adapter, for the demo model)")
     speak.add_argument("--mode", choices=MODES, help="default: linear with 2 masks on a CPU, quadratic on a GPU; `choose` measures which is fastest")
     speak.add_argument("--k", type=int, help="masks per block (default: the adapter's)")
     speak.add_argument("--max-new-tokens", type=int, default=100)

@@ -8,7 +8,7 @@ import torch
 from mtp_model.checkpoint import load_model
 from mtp_model.decode import sampling_of
 from mtp_model.demo import BASE
-from mtp_model.hub import local_directory
+from mtp_model.hub import TOKENIZER, local_directory
 from mtp_model.layout import MODES
 from mtp_model.lookup import lookup_of
 from mtp_model.model import MTPModel
@@ -50,7 +50,7 @@ def load_tokenizer(directory: str | Path):
     """transformers' tokenizer of what `load_model` opens. Raises ValueError naming the directory."""
     from transformers import AutoTokenizer
 
-    directory = local_directory(directory)
+    directory = local_directory(directory, TOKENIZER)
     try:
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # of many kinds, and few name a file

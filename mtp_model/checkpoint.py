@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mtp_model.config import ModelConfig, MTPConfig
-from mtp_model.hub import local_directory
+from mtp_model.hub import MODEL, local_directory
 from mtp_model.layers import STACKS
 from mtp_model.model import MTPModel
 
@@ -45,14 +45,18 @@ def _read_json(path: Path) -> dict:
 
 
 class _Tensors:
-    """A checkpoint's tensors by name; `source` is what an error calls it by."""
+    """A checkpoint's tensors by name; `source` is what an error calls it by. taken: the names that were asked for."""
 
     def __init__(self, source: object, tensors: Mapping[str, Tensor]):
-        self.source, self.tensors = source, tensors
+        self.source, self.tensors, self.taken = source, tensors, set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name not in self.tensors:
             raise ValueError(f"{self.source} lacks the tensor {name}")
+        self.taken.add(name)
         tensor = self.tensors[name]
         if tensor.is_meta:
             raise ValueError(f"tensor {name} of {self.source} is not in memory; accepted is a model that is on its devices as a whole (not offloaded)")
@@ -85,6 +89,9 @@ class _Files(Mapping):
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
 
+    def __contains__(self, name: object) -> bool:  # without reading it
+        return name in self.files
+
     def __iter__(self):
         return iter(self.files)
 
@@ -110,7 +117,7 @@ def load_model(
     Raises ValueError naming what is missing, of another shape, or not of the family, and for quantised weights.
     """
     _check_dtype(dtype)
-    directory = local_directory(directory, revision)
+    directory = local_directory(directory, MODEL, revision)
     values = _read_json(directory / "config.json")
     generation = directory / "generation_config.json"
     config = _config(values, _read_json(generation) if generation.exists() else {})
@@ -120,16 +127,26 @@ def load_model(
 def from_transformers(model: nn.Module, *, device=None, dtype: torch.dtype | None = None, implementation: str | None = None) -> MTPModel:
     """The same of a causal language model of transformers that is loaded already. It is copied: the two share nothing.
 
-    device, dtype: default the model's own. Raises ValueError as `load_model` does; a model of PEFT is to be merged first (merge_and_unload).
+    device, dtype: default the model's own. Adapters know the model if it is in its checkpoint's dtype, or in a wider one: rounded weights are
+    another model's to them. Raises ValueError as `load_model` does, and for a model with more weights than those of its family, LoRA's for instance
+    (PEFT: merge_and_unload; `remove_gated_lora`).
     """
     _check_dtype(dtype)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "to_dict"):
         raise ValueError(f"the model is a {type(model).__name__}; accepted is a causal language model of transformers")
     generation = getattr(model, "generation_config", None)
     config = _config(config.to_dict(), {} if generation is None else generation.to_dict())
     tensors = _Tensors(f"the {type(model).__name__}", model.state_dict())
-    return _build(config, tensors, next(model.parameters()).device if device is None else device, dtype, implementation)
+    lora = [name for name in tensors.tensors if "lora_" in name]
+    if lora:
+        raise ValueError(f"{tensors.source} has adapters ({lora[0]}, ...); accepted is a model without (PEFT: merge_and_unload; or remove_gated_lora)")
+    built = _build(config, tensors, next(model.parameters()).device if device is None else device, dtype, implementation)
+    unknown = sorted(set(tensors.tensors) - tensors.taken)
+    if unknown:
+        raise ValueError(f"{tensors.source} has the tensors {unknown[:4]}, which would go unheeded; accepted is a model without")
+    return built
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:
@@ -142,14 +159,20 @@ def _config(values: dict, generation: dict) -> ModelConfig:
     return ModelConfig.from_hf(values if eos is None else values | {"eos_token_id": eos})
 
 
+@torch.inference_mode(False)  # under which its parameters could not be trained
 def _build(config: ModelConfig, tensors: _Tensors, device, dtype: torch.dtype | None, implementation: str | None) -> MTPModel:
     d, f, hd = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_attention_heads * hd, config.num_key_value_heads * hd
     shapes = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q),
               "gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}  # fmt: skip
     embed = tensors.get("model.embed_tokens.weight", (config.vocab_size, d))
+    head = embed
+    if not config.tie_word_embeddings or "lm_head.weight" in tensors:
+        head = tensors.get("lm_head.weight", (config.vocab_size, d)).to(embed.device)
+    if head is not embed and config.tie_word_embeddings:  # transformers unties what differs, whatever the config says
+        config = replace(config, tie_word_embeddings=head.dtype is embed.dtype and torch.equal(head, embed))
     dtype = dtype or embed.dtype
-    device = torch.device(device or "cpu")
+    device = torch.device("cpu" if device is None else device)
     with torch.device("meta"):
         model = MTPModel(config, dtype=dtype)
     model.to_empty(device=device)
@@ -161,7 +184,7 @@ def _build(config: ModelConfig, tensors: _Tensors, device, dtype: torch.dtype | 
     if config.tie_word_embeddings:
         model.lm_head = model.embed
     else:
-        put(model.lm_head, [tensors.get("lm_head.weight", (config.vocab_size, d))])
+        put(model.lm_head, [head])
     final_norm = tensors.get("model.norm.weight", (d,))
     put(model.norm.weight, [final_norm])
     some = [embed[:256], final_norm]  # and a row of every matrix, so that a fine-tuned base is told from its origin
@@ -203,7 +226,7 @@ class Adapter:
         mine = describe_base(model)
         wrong = [f"{key} {self.base[key]!r}, the model's is {mine[key]!r}" for key in mine if self.base.get(key) != mine[key]]
         if wrong:
-            raise ValueError(f"the adapter was trained for another base model: {'; '.join(wrong)}")
+            raise ValueError(f"the adapter was trained for another base model: {'; '.join(wrong)} (a fingerprint is of the checkpoint's weights, unrounded)")
         model.add_adapter(self.config, dtype=dtype)
         try:
             import_adapter(model, self.tensors)
@@ -294,7 +317,7 @@ def load_adapter(directory: str | Path, *, revision: str | None = None) -> Adapt
 
     revision: of a repository. Raises ValueError naming what is wrong with it.
     """
-    directory = local_directory(directory, revision)
+    directory = local_directory(directory, (ADAPTER_CONFIG, ADAPTER_WEIGHTS), revision)
     values = _read_json(directory / ADAPTER_CONFIG)
     if values.get("format") != FORMAT:
         raise ValueError(f"{directory / ADAPTER_CONFIG} has format {values.get('format')!r}; accepted is {FORMAT!r}")

@@ -121,7 +121,7 @@ def measure(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="default: the demo adapter, for the demo model")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="directory, or owner/name on the Hub (default: the demo adapter, for the demo model)")
     parser.add_argument("--prompts", type=Path, nargs="+", default=[HELD_OUT], metavar="FILE", help="as for answers (default: the demo's held-out source)")
     parser.add_argument("--limit", type=int, default=8, metavar="N", help="the first N prompts (default %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="prompts decoded side by side (default %(default)s)")

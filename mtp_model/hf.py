@@ -227,9 +227,9 @@ def load_gated_lora_state_dict(model: nn.Module, tensors: dict[str, Tensor]) -> 
 
 
 def load_gated_lora(model: nn.Module, directory: str | Path) -> nn.Module:
-    """Give the model the gated LoRA of an adapter directory, with its rank, alpha and targets; its masks and sampler are left out.
+    """Give the model the gated LoRA of an adapter, with its rank, alpha and targets; its masks and sampler are left out.
 
-    Raises ValueError, and changes nothing, as `load_adapter` and `add_gated_lora` do, and for an adapter of other sizes.
+    directory: what `load_adapter` takes. Raises ValueError, and changes nothing, as `load_adapter` and `add_gated_lora` do, and for an adapter of other sizes.
     """
     adapter = load_adapter(directory)
     add_gated_lora(model, adapter.config.rank, adapter.config.alpha, adapter.config.target_modules)

@@ -1,29 +1,31 @@
 """Model and adapter directories by name: on this machine, or in a repository of the Hugging Face Hub, of which a copy is kept."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-FILES = ["*.json", "model*.safetensors", "adapter_model.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]  # no weights in other forms
+MODEL = ("config.json", "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+TOKENIZER = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
 
 
-def local_directory(name: str | Path, revision: str | None = None) -> Path:
-    """The directory `name`, or else a copy of the Hub's repository `name`, "owner/name", as of `revision` (default: its newest).
+def local_directory(name: str | Path, files: Sequence[str], revision: str | None = None) -> Path:
+    """The directory `name`, or else a copy of `files` (patterns) of the Hub's repository `name`, "owner/name", as of `revision` (default: its newest).
 
-    What is downloaded stands where other packages of Hugging Face find it too; private and gated repositories need its login.
-    Raises ValueError if there is neither.
+    What is downloaded stands where other packages of Hugging Face find it too; private and gated repositories need its login. A name whose first
+    part is a directory here is none of the Hub's. Raises ValueError if there is neither.
     """
     directory = Path(name)
     if directory.is_dir():
         if revision is not None:
             raise ValueError(f"revision is {revision!r} and {directory} is a directory; accepted is one of a repository of the Hugging Face Hub")
         return directory
-    if not REPOSITORY.fullmatch(directory.as_posix()):
+    if directory.exists() or directory.parent.is_dir() or not REPOSITORY.fullmatch(directory.as_posix()):
         raise ValueError(f"{directory} is not a directory")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(directory.as_posix(), revision=revision, allow_patterns=FILES, ignore_patterns="original/*"))
+        return Path(snapshot_download(directory.as_posix(), revision=revision, allow_patterns=list(files)))
     except Exception as error:  # of many kinds
-        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise ValueError(f"{directory} is not a directory, and the Hugging Face Hub gave no repository of this name ({why})") from None
+        why = " ".join(str(error).split())
+        raise ValueError(f"{directory} is not a directory, and the Hugging Face Hub gave nothing for this name ({type(error).__name__}: {why})") from None

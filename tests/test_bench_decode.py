@@ -9,7 +9,7 @@ import torch
 
 from bench import decode, report
 from bench.report import PeakMemory, quartiles, table
-from mtp_model import generate, load_model
+from mtp_model import generate, load_model, save_adapter
 from mtp_model.demo import ADAPTER, BASE
 from mtp_model.layout import MODES
 
@@ -138,6 +138,24 @@ def test_check_counts_a_wrong_text(monkeypatch):
     assert not good and "0 of 1" in text
 
 
+def test_defaults_follow_the_adapter(tmp_path, toy_adapter_model, monkeypatch):
+    """An adapter of 3 masks: no job asks for more, and each gets the modes it is for."""
+    model, seen = toy_adapter_model(k=3), []
+    save_adapter(model, tmp_path / "adapter")
+    flags = ["--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path), "--prompts", str(tmp_path / "p.jsonl")]
+    (tmp_path / "p.jsonl").write_text('{"prompt_ids": [1, 2, 3], "response_ids": [4]}\n')
+    monkeypatch.setattr(decode, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(decode, "check", lambda model, prompts, new, *ways: seen.append(ways[:2]) or ("", True))
+    monkeypatch.setattr(decode, "ablation", lambda model, prompts, new, k, *_: seen.append(k) or ("", []))
+    monkeypatch.setattr(decode, "compare", lambda rows, *arguments: seen.append(([(r.name, r.k) for r in rows if not r.lookup], arguments[4])) or 1 / 0)
+    assert decode.main([*flags, "--check"]) == decode.main([*flags, "--ablation"]) == 0
+    with pytest.raises(ZeroDivisionError):
+        decode.main([*flags, "--no-transformers"])
+    ways = [("linear", 1), ("linear", 2), ("quadratic", 1), ("quadratic", 2), ("quadratic", 3)]
+    assert seen == [(MODES[1:], [1, 2]), 3, ([("autoregressive", 0), *ways], 2)]
+    assert json.loads((tmp_path / "decode_check.json").read_text())["settings"]["repeats"] is None
+
+
 def test_check_of_some_modes(tmp_path, capsys):
     arguments = ["--check", "--modes", "quadratic", "--k", "3", "--num-prompts", "2", "--new-tokens", "5", "--device", "cpu", "--out", str(tmp_path)]
     assert decode.main(arguments) == 0
@@ -148,13 +166,17 @@ def test_check_of_some_modes(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, word",
     [
-        (["--check", "--batch", "2"], "--check decodes in batches of 1 and 4, once, whatever --batch may say"),
+        (["--check", "--batch", "2"], "--check decodes in batches of 1 and 4, once, and shows no sample, whatever --batch may say"),
         (["--check", "--batch", "2", "--repeats", "1"], "whatever --batch and --repeats may say"),
-        (["--ablation", "--modes", "linear"], "--ablation decodes in both modes, one by one, once, whatever --modes may say"),
+        (["--check", "--no-transformers", "--seed", "3"], "whatever --seed and --no-transformers may say"),
+        (["--ablation", "--modes", "linear"], "--ablation decodes in both modes, one by one, once, and shows no sample, whatever --modes may say"),
+        (["--ablation", "--batch", "1"], "whatever --batch may say"),
+        (["--ablation", "--repeats", "2"], "whatever --repeats may say"),
         (["--ablation", "--k", "2", "4"], r"--k has \[2, 4\]; accepted is one with --ablation"),
     ],
 )
-def test_flags_that_would_go_unheeded(tmp_path, flags, word):
+def test_flags_that_would_go_unheeded(tmp_path, monkeypatch, flags, word):
+    monkeypatch.setattr(decode, "load_asked_model", lambda _: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=word):
         decode.main([*flags, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

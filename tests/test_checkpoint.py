@@ -1,5 +1,6 @@
 """Model and adapter directories: what is written comes back bit for bit, and what is wrong is named."""
 
+import copy
 import json
 import pickle
 from dataclasses import replace
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mtp_model import ModelConfig, MTPConfig, MTPModel, checkpoint, from_transformers, load_adapter, load_model, save_adapter
 from mtp_model.cache import KVCache
 from mtp_model.checkpoint import export_adapter, import_adapter
+from mtp_model.hf import add_gated_lora
 from mtp_model.layout import prefill_layout
 
 
@@ -308,16 +310,57 @@ def test_dtype_is_the_checkpoints(make_hf_dir):
 def test_a_model_that_is_loaded(tmp_path, family, config):
     """It is what its directory would give, adapters fit it, and it shares nothing with the model it was made from."""
     hf = save_hf(tmp_path / "model", family=family, **config)
-    hf.generation_config.eos_token_id = [2, 5]
+    hf.generation_config.eos_token_id = 0
     hf.save_pretrained(tmp_path / "model")
-    opened, mine = load_model(tmp_path / "model"), from_transformers(hf)
-    assert mine.config == opened.config and mine.config.eos_token_ids == (2, 5) and mine.fingerprint == opened.fingerprint
+    opened, mine = load_model(tmp_path / "model"), from_transformers(torch.compile(hf.train()))
+    assert mine.config == opened.config and mine.config.eos_token_ids == (0,) and mine.fingerprint == opened.fingerprint
     assert torch.equal(states(mine, 0), states(opened, 0)) and not any(p.requires_grad for p in mine.parameters())
+    for model in (opened, mine):
+        assert not model.training and model.layers[1].o_proj.weight.stride(0) == 1  # input-major, as a CPU wants it
     with torch.no_grad():
         for parameter in hf.parameters():
             parameter.zero_()
     assert torch.equal(states(mine, 0), states(opened, 0))
-    assert from_transformers(hf, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_options_of_a_model_that_is_loaded(tmp_path):
+    hf = save_hf(tmp_path / "model", tie_word_embeddings=True)
+    plain = from_transformers(hf)
+    assert plain.lm_head is plain.embed and plain.device.type == "cpu" and not plain.fused
+    rounded, unrounded = from_transformers(hf, dtype=torch.bfloat16), from_transformers(copy.deepcopy(hf).double())
+    assert rounded.dtype == torch.bfloat16 and rounded.fingerprint == plain.fingerprint == unrounded.fingerprint
+    pytest.importorskip("triton")
+    assert from_transformers(hf, implementation="triton").fused and load_model(tmp_path / "model", implementation="triton").fused
+    for make in (lambda **options: from_transformers(hf, **options), lambda **options: load_model(tmp_path / "model", **options)):
+        with pytest.raises(ValueError, match="dtype is torch.int8; accepted are"):
+            make(dtype=torch.int8)
+        if not torch.cuda.is_available():
+            with pytest.raises((AssertionError, RuntimeError)):  # torch's own, of a device that is not here
+                make(device=0)
+
+
+def test_tied_by_the_config_but_not_by_the_weights(tmp_path):
+    """transformers 5 keeps an lm_head that differs, and so do we."""
+    hf = save_hf(tmp_path / "model", tie_word_embeddings=True)
+    edit_tensors(tmp_path / "model" / "model.safetensors", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    model = load_model(tmp_path / "model")
+    assert model.lm_head is model.embed and model.config.tie_word_embeddings
+    edit_tensors(tmp_path / "model" / "model.safetensors", lambda t: t["lm_head.weight"].mul_(2))
+    hf = type(hf).from_pretrained(tmp_path / "model")
+    ids = torch.tensor([[1, 3, 5, 2]])
+    with torch.no_grad():
+        expected = hf(ids).logits[0]
+    for model in (load_model(tmp_path / "model"), from_transformers(hf)):
+        assert torch.allclose(model.logits(states(model, 0))[:, 0], expected, atol=1e-4)
+
+
+def test_made_in_inference_mode_it_can_be_trained(tmp_path):
+    with torch.inference_mode():
+        model = from_transformers(save_hf(tmp_path / "model"))
+    model.add_adapter(MTPConfig(1, 2))
+    rows = prefill_layout([4], 1).at(torch.tensor([[1], [3], [5], [2]]), [0])
+    model(rows, KVCache(model.config, 1, 16)).sum().backward()
+    assert all(p.grad is not None for name, p in model.adapter_parameters().items() if "lora_" in name)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +372,8 @@ def test_a_model_that_is_loaded(tmp_path, family, config):
         (lambda hf: hf.to("meta"), {}, "is not in memory"),
         (lambda hf: hf.half().to(torch.float8_e4m3fn), {}, "is torch.float8_e4m3fn; accepted"),
         (lambda hf: AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=2)), {}, "model_type is 'gpt2'"),
-        (lambda hf: hf, {"dtype": torch.int8}, "dtype is torch.int8; accepted are"),
+        (lambda hf: add_gated_lora(hf, 2), {}, r"has adapters \(.*lora_A.*remove_gated_lora"),
+        (lambda hf: setattr(hf.lm_head, "bias", torch.nn.Parameter(torch.ones(6))) or hf, {}, r"has the tensors \['lm_head.bias'\], which would go unheeded"),
     ],
 )
 def test_a_loaded_model_that_is_not_accepted(tmp_path, make, options, word):

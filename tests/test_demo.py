@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,13 @@ def test_recipe_pieces(tmp_path):
     data = np.arange(1000, dtype=np.uint16)
     batch = windows(data, 3, 17, np.random.default_rng(0))
     assert batch.shape == (3, 17) and bool((batch[:, 1:] - batch[:, :-1] == 1).all())
+
+
+def test_the_readme_example_runs(capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", readme.split("## Use")[1], re.S).group(1)
+    assert code.count("max_new_tokens=100") == 1
+    space = {}
+    exec(code.replace("max_new_tokens=100", "max_new_tokens=9"), space)
+    text, _, tokens_per_step = capsys.readouterr().out.rstrip().rpartition(" ")
+    assert text == space["tokenizer"].decode(space["result"].tokens[0]) and 1 <= float(tokens_per_step) <= 5

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -43,6 +44,12 @@ class Hub(BaseHTTPRequestHandler):
         api = parts[:2] == ["api", "models"]
         owner, name, kind, revision, *path = (parts[2:] if api else parts) + [""] * 4
         directory = self.root / owner / name
+        if owner == "gated":
+            self.send_response(403)
+            self.send_header("X-Error-Code", "GatedRepo")
+            self.send_header("X-Error-Message", "Access is restricted")
+            self.end_headers()
+            return
         if not directory.is_dir() or revision not in ("main", "v1", COMMIT):
             self.send_response(404)
             self.send_header("X-Error-Code", "RepoNotFound" if not directory.is_dir() else "RevisionNotFound")
@@ -93,26 +100,32 @@ def same(model, other) -> bool:
 def test_model_and_adapter_from_the_hub(hub, make_hf_dir, toy_adapter_model, monkeypatch):
     root, asked = hub
     repository = make_hf_dir("hub/owner/toy-1.0", seed=4, max_shard_size="10KB")
-    for other in ("consolidated.safetensors", "pytorch_model.bin", "original/params.json", "original/model.safetensors"):
+    for other in ("consolidated.safetensors", "pytorch_model.bin", "original/config.json", "original/model.safetensors", "tokenizer.json"):
         (repository / other).parent.mkdir(exist_ok=True)
         (repository / other).write_bytes(b"not what is wanted")
     model, local = load_model("owner/toy-1.0"), load_model(repository)
     assert same(model, local) and model.fingerprint == local.fingerprint
-    wanted = {file.name for file in repository.iterdir() if file.suffix == ".json" or file.name.startswith("model")}
+    wanted = {file.name for file in repository.iterdir() if file.name.startswith(("model", "config", "generation"))}
     assert {name.partition(f"resolve/{COMMIT}/")[2] for name in asked if name.startswith("resolve")} == wanted and len(wanted) > 3
 
     save_adapter(toy_adapter_model(k=3, rank=2, seed=4), root / "owner" / "adapter", {"from": "a test"})
     adapter = load_adapter("owner/adapter", revision="v1")
     assert adapter.apply(model).mtp.num_masks == 3 and adapter.notes == {"from": "a test"} and "revision/v1" in asked
 
+    asked.clear()
+    with pytest.raises(ValueError, match="has no adapter_config.json"):
+        load_adapter("owner/toy-1.0")
+    assert not any(name.startswith("resolve") for name in asked)  # and nothing was downloaded to find that out
+
     at(monkeypatch, 9)  # nobody there: the copy serves
     assert same(load_model("owner/toy-1.0"), local)
 
 
 def test_command_line(hub, capsys):
-    root, _ = hub
-    (root / "owner").mkdir(parents=True)
-    (root / "owner" / "demo").symlink_to(BASE, target_is_directory=True)
+    root, asked = hub
+    shutil.copytree(BASE, root / "owner" / "demo")
+    (root / "owner" / "demo" / "chat_template.jinja").write_text("{{ messages }}")
+    assert load_tokenizer("owner/demo").chat_template == "{{ messages }}" and not any("safetensors" in name for name in asked)
     assert main(["generate", "--model", "owner/demo", "--mode", "autoregressive", "--max-new-tokens", "5", "def"]) == 0
     from_hub = capsys.readouterr().out
     assert main(["generate", "--mode", "autoregressive", "--max-new-tokens", "5", "def"]) == 0
@@ -121,15 +134,20 @@ def test_command_line(hub, capsys):
 
 
 @pytest.mark.parametrize("load", [load_model, load_adapter])
-def test_what_the_hub_does_not_have(hub, make_hf_dir, load):
-    with pytest.raises(ValueError, match="owner/none is not a directory, and the Hugging Face Hub gave no repository of this name .*404"):
+def test_what_the_hub_does_not_have(hub, make_hf_dir, tmp_path, monkeypatch, load):
+    with pytest.raises(ValueError, match="owner/none is not a directory, and the Hugging Face Hub gave nothing for this name .*404"):
         load("owner/none")
+    with pytest.raises(ValueError, match="gated/toy is not a directory.*403.*Access"):
+        load("gated/toy")
     make_hf_dir("hub/owner/toy")
     with pytest.raises(ValueError, match="owner/toy is not a directory.*404"):
         load("owner/toy", revision="v2")
     hub[1].clear()
-    for name in ("toy", "owner/toy/more", "/owner", "~/toy", ""):
-        with pytest.raises(ValueError):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "file").touch()
+    for name in ("toy", "owner/toy/more", "/owner", "~/toy", "runs/toy", "runs/file", "./runs/toy"):
+        with pytest.raises(ValueError, match="is not a directory$"):
             load(name)
     with pytest.raises(ValueError, match="revision is 'v1' and .* is a directory"):
         load(hub[0] / "owner" / "toy", revision="v1")
