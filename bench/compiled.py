@@ -101,6 +101,14 @@ def rotary_write_case(b: int, heads: int, kv_heads: int, head_dim: int, dtype: t
     return run
 
 
+def argmax_case(m: int, vocab: int, dtype: torch.dtype):
+    return lambda: kernels.argmax(empty(m, vocab, dtype=dtype))
+
+
+def sample_case(m: int, vocab: int, dtype: torch.dtype):
+    return lambda: kernels.sample(empty(m, vocab, dtype=dtype), empty(m, dtype=torch.int64), Sampling(0.7))
+
+
 def linear_argmax_case(m: int, d: int, vocab: int, dtype: torch.dtype):
     return lambda: kernels.linear_argmax(empty(m, d, dtype=dtype), empty(vocab, d, dtype=dtype))
 
@@ -276,6 +284,8 @@ CASES: list[Case] = [
         for b, h, kv, d, dtype in ((1, 32, 8, 128, BF16), (4, 32, 8, 128, BF16), (1, 12, 12, 80, FP16), (1, 32, 8, 128, FP32))
     ),
     *(Case("rotary_write", f"1 x 32 + 8 heads of 128 {str(dtype)[6:]}, normed", rotary_write_case(1, 32, 8, 128, dtype, True)) for dtype in (BF16, FP32)),
+    Case("argmax", "9 x 128256 bfloat16", argmax_case(9, 128_256, BF16), quick=True),
+    Case("sample", "9 x 128256 bfloat16", sample_case(9, 128_256, BF16), quick=True),
     *(
         Case("linear_argmax", f"{m} x {d} of {vocab} {str(dtype)[6:]}", linear_argmax_case(m, d, vocab, dtype), quick=m == 9)
         for m, d, vocab, dtype in ((1, 4096, 128_256, BF16), (9, 4096, 128_256, BF16), (81, 2048, 32_000, FP16), (9, 4096, 128_256, FP32))

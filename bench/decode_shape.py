@@ -28,6 +28,7 @@ from bench.training_job import DEMO
 from mtp_model import MTPModel
 from mtp_model.arguments import DTYPES, IMPLEMENTATIONS, default_device, default_dtype
 from mtp_model.cache import KVCache
+from mtp_model.decode import default_candidates
 from mtp_model.layout import MODES
 
 
@@ -78,7 +79,8 @@ class Bench:
         with PeakMemory(self.model.device) as peak:
             write(step)
         self.steps[mode, k] = step
-        count = step_bytes(self.model, k, self.setting.batch, self.setting.context, self.args.draft_candidates)
+        shared = step.options.shares_logits(self.model, step._layout())
+        count = step_bytes(self.model, k, self.setting.batch, self.setting.context, self.args.draft_candidates, shared)
         self.setting.steps.append(Step(mode, k, count, peak.mib))
 
     def time_steps(self) -> None:
@@ -153,7 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--k", type=int, nargs="+", help="masks per block (default 1 2 4 8; quick: 4 8)")
     parser.add_argument("--masks", type=int, default=8, help="that the adapter has (default 8)")
     parser.add_argument("--rank", type=int, help="of the adapter (default 32 for the demo, else 128)")
-    parser.add_argument("--draft-candidates", type=int, metavar="N", help="tokens that the sampler chooses from (default: all)")
+    parser.add_argument("--draft-candidates", type=int, metavar="N", help="tokens that the sampler chooses from (default: 64 of a large vocabulary, else all)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences (default 1)")
     parser.add_argument("--context", type=int, nargs="+", default=[512], help="tokens before the text (default 512)")
     parser.add_argument("--new-tokens", type=int, default=64, help="of the text (default 64)")
@@ -190,6 +192,8 @@ def settle(args) -> None:
     vocab = min(shape_config(shape).vocab_size for shape in args.shape)
     if args.draft_candidates is not None and not 1 <= args.draft_candidates <= vocab:
         raise ValueError(f"--draft-candidates is {args.draft_candidates}; accepted are 1 to the vocabulary's {vocab}")
+    if args.draft_candidates is None:
+        args.draft_candidates = default_candidates(vocab)
     if args.minutes is not None and args.minutes <= 0:
         raise ValueError(f"--minutes is {args.minutes}; accepted is above 0")
 

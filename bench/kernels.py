@@ -141,7 +141,7 @@ def main(argv=None) -> int:
     if not values["plans"] and any(c.plans for c in cases):
         values["notes"].append("Triton is not installed: the plans of gated LoRA, which its tiles decide, are not counted.")
     if uncovered():
-        values["notes"].append(f"With a Triton kernel but not measured here: {', '.join(uncovered())}.")
+        values["notes"].append(f"With a Triton kernel but not measured here by itself: {', '.join(uncovered())}.")
     if gpu:
         roofs = values["roofs"] = measured_roofs(dtype)
         roof = GPU("this GPU, measured", roofs["bandwidth"], roofs["matmul"])

@@ -91,8 +91,8 @@ class PrescribedStep(StaticStep):
         drafts = self.offers[:, 1 : self.k + 1] if self.k else None
         self.begin([self.start] * batch, self.recorded_text[:, 0], drafts, [self.k] * batch, [length - 1] * batch, [length == 1] * batch, [0] * batch)
 
-    def draft(self, layout: Layout, z: Tensor, accepted: Tensor) -> None:
-        super().draft(layout, z, accepted)
+    def draft(self, layout: Layout, z: Tensor, accepted: Tensor, logits: Tensor | None) -> None:
+        super().draft(layout, z, accepted, logits)
         if self.k:
             self.drafts.copy_(self.offers.gather(1, (self.lengths - self.start).unsqueeze(1) + self.ahead))
 
@@ -153,10 +153,10 @@ class Parts:
         self.z = self.step.verify(self.layout)
 
     def _accept(self) -> None:
-        self.accepted = self.step.accept_and_commit(self.z)
+        self.outcome = self.step.accept_and_commit(self.layout, self.z)
 
     def _draft(self) -> None:
-        self.step.draft(self.layout, self.z, self.accepted)
+        self.step.draft(self.layout, self.z, *self.outcome)
 
     @torch.inference_mode()
     def run(self, clock) -> dict[str, float]:
@@ -171,10 +171,11 @@ class Parts:
         return dict(zip(PARTS, seconds, strict=True)) | {"step": clock.seconds(marks[0], marks[-1])}
 
 
-def step_bytes(model: MTPModel, k: int, batch: int, context: int, candidates: int | None = None) -> dict[str, int]:
+def step_bytes(model: MTPModel, k: int, batch: int, context: int, candidates: int | None = None, shared: bool = False) -> dict[str, int]:
     """The least that a step must read, in bytes: every matrix once, but lm_head as often as the sampler's k steps, one after another,
     come back to it, and the keys and values of `context` tokens of each sequence. Rows, and what passes between launches, are not counted.
 
+    candidates: that the sampler chooses from, whose lists come from a pass over lm_head of their own or, shared, from verification's.
     base: the layers. adapter: LoRA, if there are masks. lm_head: verification and drafting. sampler: its two matrices; the half of
     the first that takes the masks' states is read once, all else k times. kv: the cache.
     """
@@ -191,8 +192,8 @@ def step_bytes(model: MTPModel, k: int, batch: int, context: int, candidates: in
         half = of(model.sampler.linear2.weight)
         counts["sampler"] = half + 2 * k * half
         short = candidates is not None and candidates < config.vocab_size
-        readings += 1 + k * min(batch * candidates / config.vocab_size, 1) if short else k
+        readings += (not shared) + k * min(batch * candidates / config.vocab_size, 1) if short else k
     elif k:
-        readings += 1
+        readings += not shared
     kv = 2 * config.num_hidden_layers * batch * context * config.num_key_value_heads * config.head_dim * size
     return counts | {"lm_head": round(head * readings), "kv": kv}

@@ -10,9 +10,9 @@ from mtp_kernels import reference
 IMPLEMENTATIONS = ("reference", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 OPERATIONS = (
-    "accept", "accept_and_commit", "attention", "drafting_states", "gated_lora_linear", "gated_lora_swiglu", "latent_consistency", "linear_argmax",
-    "linear_cross_entropy", "linear_sample", "lookup_drafts", "rms_norm", "rotary_embedding", "rotary_frequencies", "rotary_scale", "rotary_tables",
-    "rotary_write", "sampler_draft", "sampler_hidden", "swiglu",
+    "accept", "accept_and_commit", "argmax", "attention", "drafting_states", "gated_lora_linear", "gated_lora_swiglu", "latent_consistency",
+    "linear_argmax", "linear_cross_entropy", "linear_sample", "lookup_drafts", "rms_norm", "rotary_embedding", "rotary_frequencies", "rotary_scale",
+    "rotary_tables", "rotary_write", "sample", "sampler_draft", "sampler_hidden", "swiglu",
 )  # fmt: skip
 
 

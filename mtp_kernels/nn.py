@@ -285,6 +285,6 @@ class SamplerHead(nn.Module):
             previous, z = previous.to(dtype), z.to(dtype)
         return self.operations.sampler_hidden(previous, z, self.weights(z.dtype))
 
-    def draft(self, z: Tensor, first: Tensor, embedding: Tensor, lm_head: Tensor, candidates: int | None = None, **noise) -> Tensor:
+    def draft(self, z: Tensor, first: Tensor, embedding: Tensor, lm_head: Tensor, candidates: int | Tensor | None = None, **noise) -> Tensor:
         """Drafts (B, k) from the masks' states z (B, k, d) and the token before them, first (B,). noise: keys and temperature. See `ops.sampler_draft`."""
         return self.operations.sampler_draft(z, first, embedding, self.weights(z.dtype), lm_head, candidates=candidates, **noise)

@@ -359,7 +359,7 @@ def sampler_draft(
     weights: SamplerWeights,
     lm_head: Tensor,
     *,
-    candidates: int | None = None,
+    candidates: int | Tensor | None = None,
     keys: Tensor | None = None,
     temperature: float = 1.0,
     implementation: str | None = None,
@@ -368,10 +368,11 @@ def sampler_draft(
 
     C_i, the tokens that mask i may become, is the vocabulary; or, given a number of candidates, that many tokens with the
     highest logits W_lm z_i (of equal ones at the end of the list any). One product finds all k lists, and the k steps, one after
-    another, then read `candidates` rows of lm_head each instead of all of it. Drafts need not be exact: they are verified.
+    another, then read `candidates` rows of lm_head each instead of all of it. Drafts need not be exact: they are verified. The lists
+    themselves may be given too, where the logits W_lm z_i are known already.
 
     z: (B, k, d), hidden states of one block's masks. first: (B,) integer, the verified token before them.
-    embedding, lm_head: (V, d). candidates: 1 to V; V is the vocabulary, as is None.
+    embedding, lm_head: (V, d). candidates: 1 to V; V is the vocabulary, as is None; or (B, k, C) int64, C from 1, tokens' ids in any order.
     keys: (B, k) int64, of the drafts' positions: draft for text that `linear_sample` draws, by temperature times the same noise on the
         logits. Where sampler and model agree they then draw the same token (Daliri, Musco and Suresh 2024, arXiv 2408.07978).
     Returns (B, k) int64; the lowest id wins a tie. Not differentiable. Raises ValueError for other shapes, dtypes, devices,
@@ -387,7 +388,11 @@ def sampler_draft(
     check_shape("lm_head", lm_head, (lm_head.shape[0], d), "(V, d)")
     _check_sampler(weights, d)
     check_floating("z embedding lm_head " + _SAMPLER_NAMES, z, embedding, lm_head, *weights)
-    if candidates is not None and (type(candidates) is not int or not 1 <= candidates <= lm_head.shape[0]):
+    if isinstance(candidates, Tensor):
+        if candidates.ndim != 3 or candidates.shape[:2] != z.shape[:2] or not candidates.shape[2]:
+            raise ValueError(f"candidates has shape {shape_of(candidates)}; accepted is (B, k, C) = ({b}, {z.shape[1]}, C) with C from 1")
+        check_exactly("candidates", candidates, torch.int64, z.device)
+    elif candidates is not None and (type(candidates) is not int or not 1 <= candidates <= lm_head.shape[0]):
         raise ValueError(f"candidates is {candidates!r}; accepted are an int from 1 to V = {lm_head.shape[0]}, or None")
     if keys is not None:
         _check_keys(keys, tuple(z.shape[:2]), z.device)
@@ -459,11 +464,28 @@ def _check_vocabulary(hidden: Tensor, weight: Tensor) -> None:
     check_floating("hidden weight", hidden, weight)
 
 
-def linear_argmax(hidden: Tensor, weight: Tensor, *, implementation: str | None = None) -> Tensor:
-    """argmax over v of (hidden W^T)_v, the lowest id on a tie: greedy tokens.
+def _check_logits(logits: Tensor) -> None:
+    if logits.ndim < 1 or not logits.shape[-1]:
+        raise ValueError(f"logits has shape {shape_of(logits)}; accepted is (..., V) with V from 1")
+    check_floating("logits", logits)
 
-    hidden: (..., d). weight: (V, d). Returns (...) int64. The logits compared are those of `gated_lora_linear` without an adapter, in
-    their dtype, so a row's id does not depend on the rows beside it. A row with a NaN among its logits gets some id from 0 to V - 1.
+
+def argmax(logits: Tensor, *, implementation: str | None = None) -> Tensor:
+    """argmax over v of logits_v, the lowest id on a tie: greedy tokens.
+
+    logits: (..., V). Returns (...) int64. They are compared in their dtype; a row with a NaN among them gets some id from 0 to V - 1.
+    Not differentiable. Raises ValueError for other shapes or dtypes, and for an empty vocabulary.
+    """
+    compute = choose(implementation, "argmax", logits.device)
+    _check_logits(logits)
+    return compute(logits)
+
+
+def linear_argmax(hidden: Tensor, weight: Tensor, *, implementation: str | None = None) -> Tensor:
+    """`argmax` of the logits hidden W^T, the lowest id on a tie: greedy tokens.
+
+    hidden: (..., d). weight: (V, d). Returns (...) int64. The logits are those of `gated_lora_linear` without an adapter,
+    so a row's id does not depend on the rows beside it. A row with a NaN among its logits gets some id from 0 to V - 1.
     Not differentiable. Raises ValueError for other shapes, dtypes or devices, and for an empty vocabulary.
     """
     compute = choose(implementation, "linear_argmax", hidden.device)
@@ -489,21 +511,38 @@ def _check_keys(keys: Tensor, expected: tuple[int, ...], device: torch.device) -
     check_exactly("keys", keys, torch.int64, device)
 
 
-def linear_sample(hidden: Tensor, weight: Tensor, keys: Tensor, sampling: Sampling, *, implementation: str | None = None) -> Tensor:
-    """argmax over v of l_v + temperature * G_v(key), l = hidden W^T: tokens drawn from softmax(l / temperature) (Gumbel 1954).
+def _check_sampling(sampling: Sampling) -> None:
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling is {sampling!r}; accepted is a Sampling")
+
+
+def sample(logits: Tensor, keys: Tensor, sampling: Sampling, *, implementation: str | None = None) -> Tensor:
+    """argmax over v of l_v + temperature * G_v(key), l = logits: tokens drawn from softmax(l / temperature) (Gumbel 1954).
 
     Left out are tokens that top_k, top_p and min_p leave out. G is standard Gumbel noise, made of the key and of v alone, so that a token
     follows from its logits and its key, whatever was drawn before, elsewhere or in which order: drawn text can be verified as
     greedy text can, and is the same for any drafts (Daliri, Musco and Suresh 2024, arXiv 2408.07978).
 
-    hidden: (..., d). weight: (V, d). keys: (...) int64, see `sampling_keys`. Returns (...) int64. Logits, row independence, ties and NaN as in
-    `linear_argmax`; noise and comparison in float32. Not differentiable. Raises ValueError for other shapes, dtypes or devices.
+    logits: (..., V). keys: (...) int64, see `sampling_keys`. Returns (...) int64. Ties and NaN as in `argmax`; noise and comparison in float32.
+    Not differentiable. Raises ValueError for other shapes, dtypes or devices.
+    """
+    compute = choose(implementation, "sample", logits.device)
+    _check_logits(logits)
+    _check_keys(keys, tuple(logits.shape[:-1]), logits.device)
+    _check_sampling(sampling)
+    return compute(logits, keys, sampling)
+
+
+def linear_sample(hidden: Tensor, weight: Tensor, keys: Tensor, sampling: Sampling, *, implementation: str | None = None) -> Tensor:
+    """`sample` of the logits hidden W^T.
+
+    hidden: (..., d). weight: (V, d). keys: (...) int64, see `sampling_keys`. Returns (...) int64. Logits and row independence as in
+    `linear_argmax`. Not differentiable. Raises ValueError for other shapes, dtypes or devices.
     """
     compute = choose(implementation, "linear_sample", hidden.device)
     _check_vocabulary(hidden, weight)
     _check_keys(keys, tuple(hidden.shape[:-1]), hidden.device)
-    if not isinstance(sampling, Sampling):
-        raise ValueError(f"sampling is {sampling!r}; accepted is a Sampling")
+    _check_sampling(sampling)
     return compute(hidden, weight, keys, sampling)
 
 

@@ -332,14 +332,17 @@ def sampler_draft(
     weights: SamplerWeights,
     lm_head: Tensor,
     *,
-    candidates: int | None = None,
+    candidates: int | Tensor | None = None,
     keys: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
     d, ids = int(z.shape[-1]), None
-    if candidates is not None and candidates < lm_head.shape[0]:  # a list of everything would only be slower
-        # (B, k, C), by id, so that the first of equal logits is the lowest id
-        ids = F.linear(z, lm_head).topk(candidates, dim=-1, sorted=False).indices.sort(-1).values
+    if isinstance(candidates, Tensor):
+        ids = candidates
+    elif candidates is not None and candidates < lm_head.shape[0]:  # a list of everything would only be slower
+        ids = F.linear(z, lm_head).topk(candidates, dim=-1, sorted=False).indices
+    if ids is not None:
+        ids = ids.sort(-1).values  # (B, k, C), so that the first of equal logits is the lowest id
     from_mask = F.linear(z, weights.w1[:, d:], weights.b1)  # all k masks at once; only the token's half is sequential
     from_token = weights.w1[:, :d].t()
     noise = None
@@ -453,17 +456,25 @@ def latent_consistency(z: Tensor, target: Tensor, index: Tensor, weight: Tensor)
     return (difference.pow(2).mean(-1) * weight).sum()
 
 
-def linear_argmax(hidden: Tensor, weight: Tensor) -> Tensor:
-    return gated_lora_linear(hidden, weight).argmax(-1)
+def argmax(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
 
 
-def linear_sample(hidden: Tensor, weight: Tensor, keys: Tensor, sampling: Sampling) -> Tensor:
-    logits = gated_lora_linear(hidden, weight).to(torch.float32)
+def sample(logits: Tensor, keys: Tensor, sampling: Sampling) -> Tensor:
+    logits = logits.to(torch.float32)
     least = least_kept(logits, sampling)
     if least is not None:
         logits = logits.masked_fill(logits < least, -torch.inf)
-    noise = gumbel(keys.unsqueeze(-1), torch.arange(int(weight.shape[0]), device=weight.device))
+    noise = gumbel(keys.unsqueeze(-1), torch.arange(int(logits.shape[-1]), device=logits.device))
     return torch.add(logits, noise, alpha=sampling.temperature).argmax(-1)
+
+
+def linear_argmax(hidden: Tensor, weight: Tensor) -> Tensor:
+    return argmax(gated_lora_linear(hidden, weight))
+
+
+def linear_sample(hidden: Tensor, weight: Tensor, keys: Tensor, sampling: Sampling) -> Tensor:
+    return sample(gated_lora_linear(hidden, weight), keys, sampling)
 
 
 def accept(drafts: Tensor, predictions: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     speak.add_argument("--mode", choices=MODES, help="default: linear with 2 masks on a CPU, quadratic on a GPU; `choose` measures which is fastest")
     speak.add_argument("--k", type=int, help="masks per block (default: the adapter's)")
     speak.add_argument("--max-new-tokens", type=int, default=100)
-    speak.add_argument("--draft-candidates", type=int, metavar="C", help="tokens that the sampler chooses from for each mask (default: all)")
+    speak.add_argument("--draft-candidates", type=int, metavar="C", help="tokens that the sampler chooses from (default: 64 of a large vocabulary, else all)")
     add_lookup_arguments(speak)
     add_sampling_arguments(speak)
     speak.add_argument("--seed", type=int, help="of what is drawn: the same seed, the same text, in every mode (default: another each time)")

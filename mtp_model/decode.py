@@ -23,6 +23,7 @@ from mtp_model.model import MTPModel
 from mtp_model.static import StaticStep, StepOptions, keep_step, recordable, take_step
 
 SEEDS = 2**63
+LARGE_VOCABULARY, SHORTLIST = 8192, 64
 
 
 @dataclass
@@ -71,6 +72,13 @@ def default_way(model: MTPModel, k: int | None = None) -> tuple[str, int | None]
     return "quadratic", k
 
 
+def default_candidates(vocab_size: int) -> int | None:
+    """draft_candidates where none was asked for: of a large vocabulary 64, else all. The k drafts are made one after another, each reading lm_head,
+    so that with Llama-3.1-8B's k = 8 would cost half a step (`bench.sampler_counts`), and a token that is not among a mask's 64 likeliest is
+    seldom the sampler's choice: of the demo's 1,024 tokens 64 cost 0.7 % of its tokens per step, 16 of them 1.5 %."""
+    return SHORTLIST if vocab_size > LARGE_VOCABULARY else None
+
+
 def token_lists(prompts: Sequence[Sequence[int]] | Tensor, name: str = "prompts") -> list[list[int]]:
     """Lists of token ids, of lists, arrays or tensors of them. Raises ValueError for anything else."""
     try:
@@ -117,7 +125,7 @@ class Decoding:
     prompts: token ids, one non-empty list per sequence. mode: see `layout.MODES`; default that of `default_way`, which then gives
     k too. k: masks per block, 1 to the adapter's (default: all of them). eos: end-of-text ids; default the model's, () for none.
     use_sampler: False drafts from the masks' own logits. draft_candidates: how many tokens, 1 to the vocabulary, the sampler chooses
-    from for each mask, which spares it most of its reading of lm_head; default all of them. It changes which drafts are offered,
+    from for each mask, which spares it most of its reading of lm_head; default that of `default_candidates`. It changes which drafts are offered,
     never the text, and does nothing without a sampler.
 
     lookup: how many tokens, 1 to 16, to copy as drafts from the text itself, prompt included, where its newest lookup_match tokens (default
@@ -188,6 +196,7 @@ class Decoding:
         if eos is not None and isinstance(eos, int):
             raise ValueError(f"eos is {eos}; accepted are several token ids, as in [{eos}], or () for none")
         self.eos = frozenset(model.config.eos_token_ids if eos is None else token_lists([eos], "eos")[0])
+        draft_candidates = default_candidates(vocab) if draft_candidates is None else draft_candidates
         self.options = StepOptions(mode, k, use_sampler, draft_candidates, self.eos, sampling, lookup_of(lookup, lookup_match))
         batch, most = len(prompts), self.options.num_drafts
         self.tokens: list[list[int]] = [[] for _ in prompts]
@@ -232,7 +241,7 @@ class Decoding:
         newest = self._next_tokens(z[last, torch.arange(len(lengths), device=model.device)].unsqueeze(0), lengths)[0]  # (B,)
         cache.commit(lengths)
         new = self._emit([[token] for token in newest.tolist()])
-        drafts, counts, copied = self._draft(layout, z, last, newest, cache.lengths, [False] * len(lengths))
+        drafts, counts, copied = self._draft(layout, z, last, newest, cache.lengths, [False] * len(lengths), None)
         if step:
             try:
                 yield new
@@ -249,7 +258,9 @@ class Decoding:
             layout = self.options.layout(tuple(counts), masked, str(model.device))
             ids = torch.cat([newest.unsqueeze(0), drafts[:, : max(counts)].t()])
             z = self._forward(layout, ids, cache)
-            predictions = self._next_tokens(z[: layout.num_ntp], [n + 1 for n in cache.lengths]).t()  # (B, drafts + 1)
+            logits = model.logits(z) if self.options.shares_logits(model, layout) else None
+            of_tokens = None if logits is None else logits[: layout.num_ntp]
+            predictions = self._next_tokens(z[: layout.num_ntp], [n + 1 for n in cache.lengths], of_tokens).t()  # (B, drafts + 1)
 
             # Accept: the longest prefix that the model would have written itself.
             accepted, newest = accept(ids[1:].t(), predictions, torch.tensor(counts, device=model.device))
@@ -260,7 +271,7 @@ class Decoding:
             cache.commit([0 if done else a + 1 for a, done in zip(lengths, self.finished, strict=True)])
 
             # Draft: from the text itself, or from the block behind the last accepted token.
-            drafts, counts, copied = self._draft(layout, z, accepted, newest, cache.lengths, copied)
+            drafts, counts, copied = self._draft(layout, z, accepted, newest, cache.lengths, copied, logits)
             yield new
 
     def _static_steps(self, step: StaticStep, newest: Tensor, drafts: Tensor, counts: list[int], copied: list[bool]) -> Iterator[list[list[int]]]:
@@ -297,19 +308,19 @@ class Decoding:
             return None
         return self.model.keys(*(torch.tensor(numbers, device=self.model.device) for numbers in (self.seeds, first)), count)
 
-    def _next_tokens(self, z: Tensor, first: list[int]) -> Tensor:
-        """(T, B) tokens that the model writes at positions first, first + 1, ... of each sequence, from states z (T, B, d)."""
-        return self.model.next_tokens(z, self.options.sampling, self._keys(first, z.shape[0]))
+    def _next_tokens(self, z: Tensor, first: list[int], logits: Tensor | None = None) -> Tensor:
+        """(T, B) tokens that the model writes at positions first, first + 1, ... of each sequence, from states z (T, B, d) and, where known, logits."""
+        return self.model.next_tokens(z, self.options.sampling, self._keys(first, z.shape[0]), logits)
 
     def _texts(self) -> list[list[int]]:
         return [prompt + tokens for prompt, tokens in zip(self.prompts, self.tokens, strict=True)]
 
     def _draft(
-        self, layout: Layout, z: Tensor, accepted: Tensor, newest: Tensor, position: list[int], copied: list[bool]
+        self, layout: Layout, z: Tensor, accepted: Tensor, newest: Tensor, position: list[int], copied: list[bool], logits: Tensor | None
     ) -> tuple[Tensor, list[int], list[bool]]:
         """The next drafts (B, D), how many each sequence has, and whether they are copied, as those of this step were or not.
 
-        Copied ones are taken where there are any, else k with a block behind row `accepted`. position: of newest (B,)."""
+        Copied ones are taken where there are any, else k with a block behind row `accepted`. position: of newest (B,). logits: all rows', or None."""
         options, batch, device = self.options, len(self.finished), self.model.device
         drafts, counts = torch.zeros(batch, options.num_drafts, dtype=torch.int64, device=device), [0] * batch
         if all(self.finished):
@@ -322,8 +333,10 @@ class Decoding:
             counts = found.tolist()
         if any(counts):
             keys = self._keys([p + 1 for p in position], self.k)
+            if logits is not None:
+                logits, _ = operations.drafting_states(logits, layout.anchors, accepted, self.k, without)
             drafts[:, : self.k] = self.model.draft(
-                states, newest, options.use_sampler, options.draft_candidates, options.sampling, None if keys is None else keys.t()
+                states, newest, options.use_sampler, options.draft_candidates, options.sampling, None if keys is None else keys.t(), logits
             )
         if options.lookup:
             texts, count = self._texts(), options.lookup.tokens

@@ -167,21 +167,28 @@ class MTPModel(nn.Module):
         """(count, B) keys of what is drawn at positions first, first + 1, ... of each sequence; seeds, first: (B,)."""
         return sampling_keys(seeds, first + torch.arange(count, device=first.device).unsqueeze(1), self.config.vocab_size)
 
-    def next_tokens(self, z: Tensor, sampling: Sampling | None = None, keys: Tensor | None = None) -> Tensor:
-        """(...) the next token of hidden states (..., d): the most likely, the lowest id on a tie, or one drawn with keys (...)."""
+    def next_tokens(self, z: Tensor, sampling: Sampling | None = None, keys: Tensor | None = None, logits: Tensor | None = None) -> Tensor:
+        """(...) the next token of hidden states (..., d): the most likely, the lowest id on a tie, or one drawn with keys (...).
+
+        logits: (..., V) of z, where they are known.
+        """
+        operations = self.operations
         if sampling is None:
-            return self.operations.linear_argmax(z, self.lm_head)
-        return self.operations.linear_sample(z, self.lm_head, keys, sampling)
+            return operations.linear_argmax(z, self.lm_head) if logits is None else operations.argmax(logits)
+        return operations.linear_sample(z, self.lm_head, keys, sampling) if logits is None else operations.sample(logits, keys, sampling)
 
     def draft(
-        self, z: Tensor, first: Tensor, use_sampler: bool = True, candidates: int | None = None, sampling: Sampling | None = None, keys: Tensor | None = None
-    ) -> Tensor:
+        self, z: Tensor, first: Tensor, use_sampler: bool = True, candidates: int | None = None, sampling: Sampling | None = None,
+        keys: Tensor | None = None, logits: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """(B, k) draft tokens from the states z (B, k, d) of a block's masks and the token before them, first (B,).
 
         candidates: how many tokens the sampler chooses from for each mask (see `ops.sampler_draft`); default all of them.
-        sampling, keys (B, k): draft for text that is drawn so.
+        sampling, keys (B, k): draft for text that is drawn so. logits: (B, k, V) of z, where they are known: lists of candidates are made of them.
         """
         if not use_sampler or self.sampler is None:
-            return self.next_tokens(z, sampling, keys)
+            return self.next_tokens(z, sampling, keys, logits)
+        if logits is not None and candidates is not None and candidates < self.config.vocab_size:
+            candidates = logits.topk(candidates, dim=-1, sorted=False).indices
         noise = {} if sampling is None else {"keys": keys, "temperature": sampling.temperature}
         return self.sampler.draft(z, first, self.embed, self.lm_head, candidates, **noise)

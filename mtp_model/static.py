@@ -30,6 +30,7 @@ from mtp_model.lookup import Lookup
 from mtp_model.model import MTPModel
 
 WARM_UPS = 2  # runs before a capture: kernels are compiled and memory is reserved in them
+FEW_ROWS = 128  # up to here a product with a large matrix takes as long as reading it
 KEPT, KEPT_BYTES = 32, 2**30  # steps kept per model, and bytes of their caches; two are kept whatever they need
 _TRACING = threading.Lock()  # a trace takes the parameters' requires_grad away meanwhile
 # torch.jit.trace keeps what it has traced, and every tensor in it, until the process ends; those beneath it do not.
@@ -69,6 +70,13 @@ class StepOptions:
     @property
     def masks_behind_copies(self) -> bool:
         return self.mode != "linear"
+
+    def shares_logits(self, model: MTPModel, layout: Layout) -> bool:
+        """Whether verification's pass over lm_head has the masks' rows too, since drafting needs their logits: where these are the rows that will be
+        drafted from, or with fused kernels few enough to cost nothing beside reading lm_head, which then need not be read again."""
+        needed = not self.use_sampler or model.sampler is None or (self.draft_candidates or model.config.vocab_size) < model.config.vocab_size
+        few = layout.num_blocks == 1 or model.fused and layout.num_rows * layout.batch <= FEW_ROWS
+        return bool(layout.num_blocks) and needed and few
 
     def without_blocks(self, copied: Tensor) -> Tensor | None:
         """(B,) which sequences' blocks are not to be drafted from, given whether their drafts were copied; None: every block is."""
@@ -232,8 +240,8 @@ class StaticStep:
     def _step(self) -> Tensor:
         layout = self._layout()
         z = self.verify(layout)
-        accepted = self.accept_and_commit(z)
-        self.draft(layout, z, accepted)
+        accepted, logits = self.accept_and_commit(layout, z)
+        self.draft(layout, z, accepted, logits)
         return self.outcome
 
     def _layout(self) -> Layout:
@@ -251,10 +259,14 @@ class StaticStep:
         rows = layout.at(ids, start, num_keys=self.columns or self.cache.columns)
         return self.model(rows, self.cache)
 
-    def accept_and_commit(self, z: Tensor) -> Tensor:
-        """Accept the longest prefix that the model would have written itself; its K/V already stand in the cache."""
+    def accept_and_commit(self, layout: Layout, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Accept the longest prefix that the model would have written itself; its K/V already stand in the cache.
+
+        Returns how many drafts were accepted, and all rows' logits (T, B, V) where drafting needs them and they are made here."""
         rows = self.offered + 1
-        predictions = self.model.next_tokens(z[:rows], self.options.sampling, self._keys(rows)).t()  # (B, rows)
+        logits = self.model.logits(z) if self.options.shares_logits(self.model, layout) else None
+        of_tokens = None if logits is None else logits[:rows]
+        predictions = self.model.next_tokens(z[:rows], self.options.sampling, self._keys(rows), of_tokens).t()  # (B, rows)
         if self.options.lookup:  # behind the newest token; what is not accepted is overwritten
             self.text.scatter_(1, self.lengths.unsqueeze(1) + torch.arange(1, rows + 1, device=z.device), predictions)
         accepted, newest, written = self.model.operations.accept_and_commit(
@@ -262,21 +274,23 @@ class StaticStep:
         )
         self.newest.copy_(newest)
         torch.cat([*(x.unsqueeze(1) for x in (accepted, written, self.counts)), predictions], 1, out=self.outcome[:, : rows + 3])
-        return accepted
+        return accepted, logits
 
     def _keys(self, count: int) -> Tensor | None:
         """(count, B) keys of what is drawn behind the newest tokens; None for greedy text."""
         return None if self.options.sampling is None else self.model.keys(self.seeds, self.lengths + 1, count)
 
-    def draft(self, layout: Layout, z: Tensor, accepted: Tensor) -> None:
+    def draft(self, layout: Layout, z: Tensor, accepted: Tensor, logits: Tensor | None) -> None:
         """New drafts: copied from the text where it can be, else from the block behind the last accepted token, where there is one."""
         options, operations = self.options, self.model.operations
         if layout.num_blocks:
-            states, counts = operations.drafting_states(z, layout.anchors, accepted, self.k, options.without_blocks(self.copied))
+            behind = layout.anchors, accepted, self.k, options.without_blocks(self.copied)
+            states, counts = operations.drafting_states(z, *behind)
             keys = self._keys(self.k)
             self.drafts[:, : self.k] = self.model.draft(
-                states, self.newest, options.use_sampler, options.draft_candidates, options.sampling, None if keys is None else keys.t()
-            )
+                states, self.newest, options.use_sampler, options.draft_candidates, options.sampling, None if keys is None else keys.t(),
+                None if logits is None else operations.drafting_states(logits, *behind)[0],
+            )  # fmt: skip
             self.counts.copy_(counts)
         elif options.lookup:
             self.counts.zero_()

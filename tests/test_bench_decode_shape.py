@@ -132,6 +132,7 @@ def test_bytes_of_a_step_counted_by_hand(recorded):
     assert step_bytes(recorded.model, 4, 3, 10) == {"base": base, "adapter": adapter, "sampler": 9 * square, "lm_head": 5 * head, "kv": kv}
     assert step_bytes(recorded.model, 4, 3, 10, candidates=5)["lm_head"] == 2 * head + 4 * 3 * 5 * 32 * 4
     assert step_bytes(recorded.model, 4, 3, 10, candidates=61)["lm_head"] == 5 * head
+    assert step_bytes(recorded.model, 4, 3, 10, candidates=5, shared=True)["lm_head"] == head + 4 * 3 * 5 * 32 * 4
 
 
 def test_the_shapes():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import mtp_model.decode
 from mtp_kernels import Sampling, linear_sample, sampler_draft, sampling_keys
 from mtp_kernels._sampling import gumbel
-from mtp_model import Decoding, generate, load_model
+from mtp_model import Decoding, ModelConfig, MTPConfig, MTPModel, generate, load_model
 from mtp_model.decode import DecodeStats
 from mtp_model.layout import MODES
 
@@ -77,6 +77,11 @@ def test_other_families_write_transformers_text(toy_adapter_model, tmp_path, fam
             assert result.tokens == expected and (mode == "autoregressive" or result.stats.accepted[0] > 0)
 
 
+def model_list(model, z, candidates):
+    with torch.inference_mode():
+        return (z @ model.lm_head.t()).topk(candidates).indices.sort(-1).values
+
+
 @pytest.mark.parametrize("candidates", [1, 2, 6])
 @pytest.mark.parametrize("mode", MULTI)
 def test_candidates_change_drafts_and_never_the_text(shared, oracle, monkeypatch, mode, candidates):
@@ -88,9 +93,23 @@ def test_candidates_change_drafts_and_never_the_text(shared, oracle, monkeypatch
     assert result.stats.accepted[0] > 0
     with torch.inference_mode():
         exact = [original(*args[:4]) for args, _ in seen]
-    assert all(args[4] == candidates for args, _ in seen)
+    for (z, *_, asked), _ in seen:  # a number, or from the logits of verification the list that this number gives
+        if isinstance(asked, torch.Tensor):
+            wanted = model_list(shared.model, z, candidates)
+            assert mode == "linear" and asked.shape == (*z.shape[:2], candidates) and torch.equal(asked.sort(-1).values, wanted)
+        else:
+            assert asked == candidates
+    assert any(isinstance(args[4], torch.Tensor) for args, _ in seen) == (mode == "linear" and candidates < 6)
     same = all(torch.equal(drafts, wanted) for (_, drafts), wanted in zip(seen, exact, strict=True))
     assert same == (candidates == 6)
+
+
+@pytest.mark.parametrize("vocab, expected", [(8192, None), (8193, 64)])
+def test_a_large_vocabulary_has_a_shortlist(vocab, expected):
+    model = MTPModel(ModelConfig(vocab, 8, 8, 1, 1, 1, 8, tie_word_embeddings=True)).eval()
+    model.add_adapter(MTPConfig(2, 1))
+    assert Decoding(model, [[1]], mode="linear").options.draft_candidates == expected
+    assert Decoding(model, [[1]], mode="linear", draft_candidates=vocab).options.draft_candidates == vocab  # all of them, if that is asked for
 
 
 DRAWN = dict(temperature=0.8, seed=[7, 2**63 - 1, 0, 3])

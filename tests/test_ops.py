@@ -16,6 +16,7 @@ from mtp_kernels import (
     AttentionRule,
     SamplerWeights,
     accept,
+    argmax,
     attention,
     gated_lora_linear,
     latent_consistency,
@@ -522,6 +523,7 @@ def test_linear_argmax(leading, dtype):
     assert got.shape == leading and got.dtype == torch.int64
     assert got.view(-1).tolist() == [row.index(max(row)) for row in logits.tolist()]
     assert [int(linear_argmax(row, weight)) for row in rows] == got.view(-1).tolist()
+    assert torch.equal(argmax(gated_lora_linear(hidden, torch.cat([weight, weight]))), got)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -651,6 +653,17 @@ def test_a_shortlist_that_has_the_exact_drafts_gives_them(candidates):
     inside = (listed == exact.unsqueeze(-1)).any(-1).to(torch.int64).cumprod(1).bool()  # up to the first draft that is not listed
     assert torch.equal(exact[inside], short[inside]) and 0 < inside.sum() < inside.numel()
     assert not torch.equal(exact, short)
+
+
+def test_sampler_draft_from_lists_that_are_given():
+    weights, _ = sampler(16)
+    z, embedding, lm_head = randn(5, 4, 16), randn(40, 16, seed=1), randn(40, 16, seed=2)
+    listed, keys = (z @ lm_head.t()).topk(6).indices, torch.arange(20).view(5, 4)
+    for options in ({}, dict(keys=keys, temperature=2.0)):
+        expected = sampler_draft(z, torch.arange(5), embedding, weights, lm_head, candidates=6, **options)
+        assert torch.equal(sampler_draft(z, torch.arange(5), embedding, weights, lm_head, candidates=listed.flip(-1), **options), expected)
+    only = torch.randint(40, (5, 4, 1))
+    assert torch.equal(sampler_draft(z, torch.arange(5), embedding, weights, lm_head, candidates=only), only.squeeze(-1))
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -45,6 +45,8 @@ def valid(name):
             qkv=zeros(3, 2, 8, 4), cos=zeros(3, 2, 4), sin=zeros(3, 2, 4), keys=zeros(7, 2, 2, 4), values=zeros(7, 2, 2, 4), start=integers(2),
             norm=zeros(6, 4),
         ),
+        "argmax": lambda: dict(logits=zeros(3, 5)),
+        "sample": lambda: dict(logits=zeros(3, 5), keys=integers(3), sampling=Sampling(0.5, 2, 0.9)),
         "linear_argmax": lambda: dict(hidden=zeros(3, 4), weight=zeros(5, 4)),
         "linear_sample": lambda: dict(hidden=zeros(3, 4), weight=zeros(5, 4), keys=integers(3), sampling=Sampling(0.5, 2, 0.9)),
         "sampling_keys": lambda: dict(seeds=integers(2), positions=integers(3, 1), vocab_size=5),
@@ -69,7 +71,7 @@ def valid(name):
 
 OPS = ["gated_lora_linear", "attention", "rms_norm", "rotary_frequencies", "rotary_scale", "rotary_tables", "rotary_embedding",
        "rotary_write", "linear_argmax", "swiglu", "sampler_hidden", "sampler_draft", "linear_cross_entropy", "latent_consistency",
-       "accept", "accept_and_commit", "drafting_states", "lookup_drafts", "linear_sample", "sampling_keys"]  # fmt: skip
+       "accept", "accept_and_commit", "drafting_states", "lookup_drafts", "linear_sample", "sampling_keys", "argmax", "sample"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -202,6 +204,12 @@ CASES = [
     ("rotary_write", dict(qkv=zeros(3, 2, 8, 4).requires_grad_()), "requires gradients; accepted are"),
     ("rotary_write", dict(keys=zeros(7, 2, 2, 4).requires_grad_()), "requires gradients"),
     ("rotary_write", dict(values=zeros(7, 2, 2, 4).requires_grad_()), "requires gradients"),
+    ("argmax", dict(logits=zeros(())), "logits has shape"),
+    ("argmax", dict(logits=zeros(3, 0)), "V from 1"),
+    ("argmax", dict(logits=integers(3, 5)), "logits has dtype"),
+    ("sample", dict(logits=zeros(3, 0)), "V from 1"),
+    ("sample", dict(keys=integers(2)), "keys has shape"),
+    ("sample", dict(sampling=None), "sampling is None; accepted is a Sampling"),
     ("linear_argmax", dict(hidden=zeros(3, 5)), "hidden has shape"),
     ("linear_argmax", dict(hidden=zeros(())), "hidden has shape"),
     ("linear_argmax", dict(weight=zeros(4)), "weight"),
@@ -242,6 +250,11 @@ CASES = [
     ("sampler_draft", dict(z=integers(2, 3, 4)), "z has dtype"),
     ("sampler_draft", dict(candidates=0), "candidates is 0; accepted .* V = 5"),
     ("sampler_draft", dict(candidates=6), "candidates is 6"),
+    ("sampler_draft", dict(candidates=integers(2, 3)), r"candidates has shape \(2, 3\); accepted is \(B, k, C\)"),
+    ("sampler_draft", dict(candidates=integers(2, 4, 2)), "candidates has shape"),
+    ("sampler_draft", dict(candidates=integers(2, 3, 0)), "candidates has shape"),
+    ("sampler_draft", dict(candidates=integers(2, 3, 2, dtype=torch.int32)), "candidates is torch.int32"),
+    ("sampler_draft", dict(candidates=integers(2, 3, 2, device=META)), "candidates is torch.int64 on meta"),
     ("sampler_draft", dict(candidates=True), "candidates is True"),
     ("sampler_draft", dict(candidates=2.0), "candidates is 2.0"),
     ("linear_cross_entropy", dict(hidden=zeros(3, 5)), "hidden has shape"),

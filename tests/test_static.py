@@ -328,6 +328,47 @@ class _NoWaiting(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("options", [dict(draft_candidates=2), dict(use_sampler=False), dict(draft_candidates=3, temperature=0.7, top_k=4, seed=5)], ids=str)
+@pytest.mark.parametrize("mode, fused", [("linear", False), ("linear", True), ("quadratic", True)])
+def test_one_pass_over_lm_head_serves_both(toy_adapter_model, monkeypatch, mode, fused, options):
+    """The same text and the same drafts as where the masks' logits are made by themselves."""
+    if fused:
+        pytest.importorskip("triton")
+    model = toy_adapter_model(k=2, num_hidden_layers=1).use("triton" if fused else None)
+    prompts, new = [[1, 2, 3], [4, 1]], 6
+
+    def run(static):
+        passes, drafts, linear, draft = [], [], model.operations.gated_lora_linear, model.draft
+        with monkeypatch.context() as patch:
+            patch.setattr(model.operations, "gated_lora_linear", lambda x, w, *a, **o: passes.append(w is model.lm_head) or linear(x, w, *a, **o))
+            patch.setattr(model, "draft", lambda *args: drafts.append(draft(*args)) or drafts[-1])
+            result = generate(model, prompts, mode=mode, max_new_tokens=new, eos=(), static=static, **options)
+        return result.tokens, result.stats.accepted, [] if static else [each.tolist() for each in drafts], sum(passes)
+
+    kinds = (False,) if fused else (False, True)
+    shared = [run(static) for static in kinds]
+    monkeypatch.setattr(StepOptions, "shares_logits", lambda *_: False)
+    apart = [run(static) for static in kinds]
+    assert [way[:3] for way in shared] == [way[:3] for way in apart] and all(way[:2] == shared[0][:2] for way in shared)
+    assert all(way[3] > 0 for way in shared) and all(way[3] == 0 for way in apart)  # whose products are within argmax and the sampler
+
+
+def test_which_steps_share_a_pass_over_lm_head(toy_adapter_model):
+    model = toy_adapter_model(k=8, num_hidden_layers=1)
+
+    def shares(mode, batch=1, model=model, **options):
+        step = StepOptions(mode, 8, **options)
+        return step.shares_logits(model, step.layout((8,) * batch))
+
+    assert shares("linear", draft_candidates=3) and shares("linear", 40, use_sampler=False)  # the very rows that are drafted from
+    assert not shares("linear") and not shares("linear", draft_candidates=6)  # the sampler reads all of lm_head
+    assert not shares("autoregressive", draft_candidates=3)
+    assert not shares("quadratic", draft_candidates=3)  # nine times as many rows, which the specification takes time for
+    pytest.importorskip("triton")
+    model.use("triton")
+    assert shares("quadratic", draft_candidates=3) and not shares("quadratic", 2, draft_candidates=3)  # 81 and 162 rows
+
+
 @pytest.mark.parametrize(
     "candidates, sampling, lookup", [(None, None, Lookup(4)), (3, None, None), (None, Sampling(0.7), None), (3, Sampling(0.7, 5, 0.9), Lookup(1, 3))], ids=str
 )

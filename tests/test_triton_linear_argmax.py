@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 import mtp_kernels.triton  # noqa: E402, F401
-from mtp_kernels import gated_lora_linear, linear_argmax  # noqa: E402
+from mtp_kernels import argmax, gated_lora_linear, linear_argmax  # noqa: E402
 from mtp_kernels.testing import guarded_outputs, guarded_randn  # noqa: E402
 from mtp_kernels.triton import _tiles  # noqa: E402
 
@@ -89,8 +89,18 @@ def test_views_gradients_and_nothing(device, many_pieces):
     assert fused(hidden[:0, :, :16], weight).shape == (0, 3)
 
 
+def test_of_logits_that_are_known(device, many_pieces):
+    """Some rows of a pass's, as verification takes them, and logits that are nobody's rows."""
+    logits = guarded_randn((5, 3, 70), torch.float32, device)
+    wanted = argmax(logits, implementation="reference")
+    with guarded_outputs(KERNELS):
+        assert torch.equal(argmax(logits[1:4], implementation="triton"), wanted[1:4])
+    assert torch.equal(argmax(logits.transpose(0, 1), implementation="triton"), wanted.t())
+    assert argmax(logits[0, 0], implementation="triton").tolist() == wanted[0, 0].item() and argmax(logits[:0], implementation="triton").shape == (0, 3)
+
+
 def test_operator(device, many_pieces):
     hidden, weight = torch.randn(5, 16, device=device), torch.randn(40, 16, device=device)
-    torch.library.opcheck(torch.ops.mtp_kernels.linear_argmax.default, (hidden, weight), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(torch.ops.mtp_kernels.argmax.default, (hidden @ weight.t(),), test_utils=("test_schema", "test_faketensor"))
     compiled = torch.compile(lambda *x: fused(*x), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(hidden, weight), fused(hidden, weight))

@@ -125,6 +125,18 @@ def test_ties_go_to_the_lowest_id(candidates, device):
     assert everything_equal.max() <= 1
 
 
+def test_lists_that_are_given(device):
+    """In any order and with any strides; and no product with lm_head is left."""
+    arguments = make(3, 2, 24, 40, torch.float32, device)
+    z, lm_head = arguments[0], arguments[-1]
+    listed = (z @ lm_head.t()).topk(5).indices
+    expected = fused(*arguments, candidates=5)
+    spread = torch.stack([listed, listed + 1], -1)[..., 0]
+    for given in (listed, listed.flip(-1), spread):
+        assert torch.equal(fused(*arguments, candidates=given), expected)
+    assert torch.equal(fused(*arguments, candidates=listed[..., 3:4]), listed[..., 3])
+
+
 @pytest.mark.parametrize("candidates", [None, 4])
 def test_strides(candidates, device):
     """Weights stored input-major, states and tokens with others between them."""
@@ -179,7 +191,7 @@ def test_a_graph_holds_it(candidates, device):
 def test_operator(device):
     z, first, embedding, weights, lm_head = make(2, 1, 16, 20, torch.float32, device)
     for candidates in (0, 3):
-        arguments = (z, first, embedding, list(weights), lm_head, candidates, None, 1.0)
+        arguments = (z, first, embedding, list(weights), lm_head, candidates, None, None, 1.0)
         torch.library.opcheck(torch.ops.mtp_kernels.sampler_draft.default, arguments, test_utils=("test_schema", "test_faketensor"))
     compiled = torch.compile(lambda z, first: fused(z, first, embedding, weights, lm_head), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(z, first), fused(z, first, embedding, weights, lm_head))

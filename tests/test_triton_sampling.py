@@ -12,7 +12,7 @@ import triton.language as tl  # noqa: E402
 from test_sampling import GOLDEN, WORD, seed_whose_first_output_is  # noqa: E402
 from test_triton_sampler import make  # noqa: E402
 
-from mtp_kernels import Sampling, gated_lora_linear, linear_sample, sampler_draft, sampling_keys  # noqa: E402
+from mtp_kernels import Sampling, gated_lora_linear, linear_sample, sample, sampler_draft, sampling_keys  # noqa: E402
 from mtp_kernels._sampling import gumbel, least_kept, signed  # noqa: E402
 from mtp_kernels.testing import guarded_outputs, guarded_randn  # noqa: E402
 from mtp_kernels.triton import _device, _noise, _tiles  # noqa: E402
@@ -142,12 +142,21 @@ def test_past_the_vocabularys_end_nothing_is_drawn(device):
     assert sampler_draft(*arguments, keys=keys, temperature=100.0, implementation="triton").tolist() == [[0] * 4] * 3
 
 
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_of_logits_that_are_known(sampling, device):
+    logits, keys = guarded_randn((6, 2, 70), torch.float32, device), torch.arange(12, device=device).view(6, 2)
+    with guarded_outputs(KERNELS):
+        got = sample(logits[1:5], keys[1:5], sampling, implementation="triton")
+    assert torch.equal(got, sample(logits, keys, sampling, implementation="reference")[1:5])
+    assert sample(logits[:0], keys[:0], sampling, implementation="triton").shape == (0, 2)
+
+
 def test_operator(device):
     hidden, weight, keys = torch.randn(5, 16, device=device), torch.randn(40, 16, device=device), torch.arange(5, device=device)
     for options in ((0.5, None, None, None), (1.0, 7, 0.9, 0.1)):
-        torch.library.opcheck(torch.ops.mtp_kernels.linear_sample.default, (hidden, weight, keys, *options), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(torch.ops.mtp_kernels.sample.default, (hidden @ weight.t(), keys, *options), test_utils=("test_schema", "test_faketensor"))
         compiled = torch.compile(lambda *x, options=options: fused(*x, Sampling(*options)), fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(hidden, weight, keys), fused(hidden, weight, keys, Sampling(*options)))
     z, first, embedding, weights, lm_head = make(2, 1, 16, 20, torch.float32, device)
-    arguments = (z, first, embedding, list(weights), lm_head, 0, torch.arange(2, device=device).unsqueeze(1), 0.7)
+    arguments = (z, first, embedding, list(weights), lm_head, 0, None, torch.arange(2, device=device).unsqueeze(1), 0.7)
     torch.library.opcheck(torch.ops.mtp_kernels.sampler_draft.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -99,16 +99,18 @@ class _Steps:
 
 @operator(lambda z, *_: _empty(z, *z.shape[:2], dtype=torch.int64))
 def _sampler_draft(
-    z: Tensor, first: Tensor, embedding: Tensor, weights: list[Tensor], lm_head: Tensor, candidates: int, keys: Tensor | None, temperature: float
-) -> Tensor:
+    z: Tensor, first: Tensor, embedding: Tensor, weights: list[Tensor], lm_head: Tensor, candidates: int, listed: Tensor | None, keys: Tensor | None,
+    temperature: float,
+) -> Tensor:  # fmt: skip
     drafts = _empty(z, *z.shape[:2], dtype=torch.int64)
     if not drafts.numel():
         return drafts
     w, d = SamplerWeights(*(x.contiguous() if x.ndim == 1 else x for x in weights)), z.shape[2]
     with torch.no_grad():
         from_mask = gated_lora_linear(z, w.w1[:, d:], bias=w.b1)
-        listed = gated_lora_linear(z, lm_head).topk(candidates, dim=-1, sorted=False).indices if candidates else None
-    steps, token = _Steps(z, lm_head, candidates), first
+        if candidates:
+            listed = gated_lora_linear(z, lm_head).topk(candidates, dim=-1, sorted=False).indices
+    steps, token = _Steps(z, lm_head, 0 if listed is None else listed.shape[2]), first
     second_norm = steps.v_moments, w.norm2_weight, w.norm2_bias
     for i in range(z.shape[1]):
         steps.block(embedding, w.w1[:, :d], from_mask[:, i], (steps.u, steps.u_moments), token=token)
@@ -130,9 +132,10 @@ def sampler_draft(
     weights: SamplerWeights,
     lm_head: Tensor,
     *,
-    candidates: int | None = None,
+    candidates: int | Tensor | None = None,
     keys: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    short = candidates is not None and candidates < lm_head.shape[0]
-    return _sampler_draft(z, first, embedding, list(weights), lm_head, candidates if short else 0, keys, float(temperature))
+    listed = candidates.contiguous() if isinstance(candidates, Tensor) else None
+    short = listed is None and candidates is not None and candidates < lm_head.shape[0]
+    return _sampler_draft(z, first, embedding, list(weights), lm_head, candidates if short else 0, listed, keys, float(temperature))
