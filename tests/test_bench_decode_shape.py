@@ -160,6 +160,8 @@ def test_the_command(tiny, tmp_path, capsys):
         ways = [(AUTOREGRESSIVE, 0), ("linear", 2), ("linear", 3), ("quadratic", 2), ("quadratic", 3)]
         assert [(s["name"], s["k"]) for s in result["steps"]] == ways
         assert all(len(s["seconds"]["step"]) == 2 and s["share_of_memory_roof"] is None for s in result["steps"])
+        heads = [s["bytes"]["lm_head"] - s["k"] * result["batch"] * 7 * 32 * 4 for s in result["steps"]]  # but for the candidates' rows
+        assert [h // heads[0] for h in heads] == [1, 1, 1, 2, 2]  # linear steps list candidates in the pass that verifies
         rows = result["rows"]
         assert [(r["name"], r["k"]) for r in rows if r["prescribed_wrong"] == 0] == ways[1:]
         assert all(r["same"] == r["compared"] == 2 * result["batch"] and r["tokens"] == 18 * result["batch"] for r in rows)
@@ -168,6 +170,15 @@ def test_the_command(tiny, tmp_path, capsys):
         assert rows[0]["speedup"] == [1, 1, 1]
     assert "Left out: transformers generate, eager: not asked for." in text and "torch.compile: it is a GPU's" in text
     assert "Acceptance is prescribed, not the model's" in text and "2 of 2 |" in text
+
+
+def test_a_large_vocabulary_is_drafted_from_a_shortlist(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(decode_shape, "measure_all", lambda args, *_: seen.append(args.draft_candidates))
+    for vocab in (8192, 8193):
+        monkeypatch.setattr(decode_shape, "shape_config", lambda shape, vocab=vocab: replace(TINY, vocab_size=vocab))
+        decode.main([*tiny, "--k", "2"])
+    assert seen == [None, 64]
 
 
 def test_a_wrong_text_fails(tiny, monkeypatch, capsys):

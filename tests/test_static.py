@@ -338,19 +338,23 @@ def test_one_pass_over_lm_head_serves_both(toy_adapter_model, monkeypatch, mode,
     prompts, new = [[1, 2, 3], [4, 1]], 6
 
     def run(static):
-        passes, drafts, linear, draft = [], [], model.operations.gated_lora_linear, model.draft
+        passes, drafts, own, linear, draft = [], [], [], model.operations.gated_lora_linear, model.draft
         with monkeypatch.context() as patch:
             patch.setattr(model.operations, "gated_lora_linear", lambda x, w, *a, **o: passes.append(w is model.lm_head) or linear(x, w, *a, **o))
+            for name in ("linear_argmax", "linear_sample"):
+                original = getattr(model.operations, name)
+                patch.setattr(model.operations, name, lambda *a, original=original: own.append(a) or original(*a))
             patch.setattr(model, "draft", lambda *args: drafts.append(draft(*args)) or drafts[-1])
             result = generate(model, prompts, mode=mode, max_new_tokens=new, eos=(), static=static, **options)
-        return result.tokens, result.stats.accepted, [] if static else [each.tolist() for each in drafts], sum(passes)
+        return result.tokens, result.stats.accepted, [] if static else [each.tolist() for each in drafts], sum(passes), len(own)
 
     kinds = (False,) if fused else (False, True)
     shared = [run(static) for static in kinds]
     monkeypatch.setattr(StepOptions, "shares_logits", lambda *_: False)
     apart = [run(static) for static in kinds]
     assert [way[:3] for way in shared] == [way[:3] for way in apart] and all(way[:2] == shared[0][:2] for way in shared)
-    assert all(way[3] > 0 for way in shared) and all(way[3] == 0 for way in apart)  # whose products are within argmax and the sampler
+    assert all(way[3] > 0 for way in shared) and all(way[4] <= 2 for way in shared)  # the latter in the prefill
+    assert all(way[3] == 0 for way in apart)  # whose products are within argmax and the sampler
 
 
 def test_which_steps_share_a_pass_over_lm_head(toy_adapter_model):

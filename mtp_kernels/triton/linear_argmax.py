@@ -25,8 +25,6 @@ def _empty(x: Tensor) -> Tensor:
 
 def _best(logits: Tensor, keys: Tensor | None = None, sampling: Sampling | None = None) -> Tensor:
     ids, (m, n) = _empty(logits), logits.shape
-    if not m:
-        return ids
     piece, num_warps = _tiles.argmax_tiles(n)
     pieces = _tiles.cdiv(n, piece)
     block_p, pick_warps = _tiles.pick_tiles(pieces)
