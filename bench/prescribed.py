@@ -43,8 +43,6 @@ def random_model(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = MTPModel(config, device=device, dtype=dtype, implementation=implementation).eval()
-    if device.type == "cpu" and implementation != "triton":
-        model.store_input_major_()
     model.add_adapter(MTPConfig(masks, rank), seed=seed)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():

@@ -27,16 +27,11 @@ def times_(x: Tensor, y: Tensor) -> Tensor:
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """x W^T (+ b) (+ residual) for x of shape (M, K); see `reference` for the row that is doubled."""
-    single = x.shape[0] == 1 and x.device.type == "cpu"
-    if single:  # one row would take a matrix-vector routine, which sums in another order
-        x = x.expand(2, -1)
+    """x W^T (+ b) (+ residual) for x of shape (M, K)."""
     if residual is None:
-        y = F.linear(x, weight, bias)
-    else:
-        y = torch.addmm(residual, x, weight.t())  # a single residual row broadcasts
-        y = y if bias is None else y + bias
-    return y[:1] if single else y
+        return F.linear(x, weight, bias)
+    y = torch.addmm(residual, x, weight.t())
+    return y if bias is None else y + bias
 
 
 def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, splits: tuple[int, ...]) -> Tensor:

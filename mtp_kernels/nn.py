@@ -10,26 +10,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mtp_kernels import ops
+from mtp_kernels.packed import version
 from mtp_kernels.types import SamplerWeights
-
-_steps = 0  # that optimizers made, of any kind
-
-
-def _stepped(*_) -> None:
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_stepped)
-
-
-def version(*parameters: Tensor) -> tuple:
-    """What is another after parameters were replaced or written to: their memory, torch's version counters, and, since a fused
-    optimizer does not raise those, how many steps optimizers have made. Writing through `.data` changes none of it."""
-    return _steps, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -157,12 +141,13 @@ class GatedLoRALinear(nn.Module):
         key = (dtype, *version(a, b))
         prepared = self._prepared
         if prepared is None or prepared[0] != key:
-            a, b = a.detach(), b.detach()
-            shrink, expand, on_cpu = a.to(dtype), b.to(dtype), a.device.type == "cpu"
-            if on_cpu and 1 < len(splits) <= ops.MAX_RANK // self.rank:
-                expand, splits = torch.block_diag(*expand.split(splits)), (sum(splits),)
-            if on_cpu:
-                shrink, expand = (x.t().contiguous().t() for x in (shrink, expand))
+            with torch.inference_mode(False), torch.no_grad():  # of what is made in inference mode no copies can be kept (see `packed`)
+                a, b = a.detach(), b.detach()
+                shrink, expand, on_cpu = a.to(dtype), b.to(dtype), a.device.type == "cpu"
+                if on_cpu and 1 < len(splits) <= ops.MAX_RANK // self.rank:
+                    expand, splits = torch.block_diag(*expand.split(splits)), (sum(splits),)
+                if on_cpu:
+                    shrink, expand = (x.t().contiguous().t() for x in (shrink, expand))
             # the last two keep the parameters' storage, so that no other tensor can come to lie at the key's addresses
             prepared = self._prepared = key, (shrink, expand, splits), a, b
         return prepared[1]

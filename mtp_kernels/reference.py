@@ -3,12 +3,10 @@
 It is the oracle of the tests, the path taken on a CPU, and the eager baseline of the benchmarks. Arguments are taken as
 valid; `ops` checks them.
 
-Row independence. On a CPU in float32 with MKL, a row's result has the same bits however many rows stand beside it:
-a matrix product's order of summation must depend on the weight's shape alone. MKL's does if weights are stored
-input-major (`weight.t()` contiguous; `mtp_model` stores them so) and there are two rows or more, so a single row is
-computed as two. In attention it does from `MIN_ROWS` rows up if the number of keys is fixed, so keys are taken in pieces of
-exactly `KEY_CHUNK` columns by absolute index, the pieces' sums added in order. These are observations of MKL 2024.2, held
-by tests; on another CPU library results may differ in the last bit.
+Row independence. On an x86 CPU under torch.inference_mode a row's result has the same bits however many rows stand beside it. Matrix products are
+those of `packed`. Attention is PyTorch's fused one, which takes keys in blocks of `KEY_BLOCK` columns, here by absolute index, to whole `KEY_CHUNK`s, and
+rows in tiles, here of `HEAD_ROWS`. These are observations of oneDNN 3 and MKL 2024.2, with AVX2 and AVX-512, held by tests; on another CPU library results
+may differ in the last bit.
 """
 
 import math
@@ -20,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtp_kernels import packed
 from mtp_kernels._block_attention import BlockAttention, Part
-from mtp_kernels._gradients import AdaptedLinear, RMSNorm, Rotary, SwiGLU, matmul, reciprocal_rms, rotate
+from mtp_kernels._gradients import AdaptedLinear, RMSNorm, Rotary, SwiGLU, reciprocal_rms, rotate
 from mtp_kernels._sampling import gumbel, least_kept
 from mtp_kernels.types import AttentionRule, SamplerWeights, Sampling
 
-KEY_CHUNK = 256
-MIN_ROWS = 8
+KEY_CHUNK, KEY_BLOCK = 256, 512
+HEAD_ROWS = 24  # rows of heads in a tile; MKL's kernels with AVX2 take 24 rows at a time, and sum what is left over otherwise
 ROW_TILE = 128
 KEPT_SCORES = 2**25  # rows x keys x heads of a long pass up to which its tiles are kept for all layers
 PART_SCORES = 2**19  # of mask rows alone, at a time on a CPU: 2 MiB, which its caches hold
@@ -56,15 +55,15 @@ def gated_lora_linear(
     if isinstance(gate, Tensor) and gate.dtype is not torch.bool:
         gate = int(gate)
     if gate is None or isinstance(gate, int) and gate >= rows.shape[0]:
-        y = matmul(rows, weight, bias, residual)
+        y = packed.linear(rows, weight, bias, residual)
     elif isinstance(gate, int) and torch.is_grad_enabled():
         y = AdaptedLinear.apply(rows, weight, lora_a, lora_b, bias, residual, gate, scale, splits or (n,))
     else:
-        y = matmul(rows, weight, bias, residual)
+        y = packed.linear(rows, weight, bias, residual)
         if splits is not None and len(splits) > 1:  # one product instead of one per projection
             lora_b = torch.block_diag(*lora_b.split(splits))
         if isinstance(gate, int):
-            y[gate:].addmm_(F.linear(rows[gate:], lora_a), lora_b.t(), alpha=scale)
+            packed.add_adapter_(y[gate:], rows[gate:], lora_a, lora_b, scale)
         else:
             on = gate.reshape(-1).nonzero().squeeze(1)
             y = y.index_add(0, on, F.linear(F.linear(rows[on], lora_a), lora_b), alpha=scale)
@@ -238,7 +237,7 @@ def _tiles(rule: AttentionRule) -> Iterator[tuple[slice, int, AttentionRule]]:
         last = start + ROW_TILE >= ntp
         rows = slice(start, None if last else start + ROW_TILE)
         visible, first = rule.visible[rows], None if rule.first is None else rule.first[rows]
-        before = 0 if first is None else min(max(int(first.min()), 0), rule.num_keys - 1) // KEY_CHUNK * KEY_CHUNK
+        before = 0 if first is None else min(max(int(first.min()), 0), rule.num_keys - 1) // KEY_BLOCK * KEY_BLOCK
         end = rule.num_keys if last else min(max(int(visible.max()), before + 1), rule.num_keys)
         yield rows, before, AttentionRule(
             visible - before, rule.block[rows], rule.slot[rows], rule.mask_start - before,
@@ -249,37 +248,23 @@ def _tiles(rule: AttentionRule) -> Iterator[tuple[slice, int, AttentionRule]]:
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale: float) -> Tensor:
     (t, b, h, d), (_, kv_heads, stored, _) = _sizes(q), _sizes(k)
     groups = h // kv_heads
-    rows = max(groups * t, MIN_ROWS)
+    rows, tiles = groups * t, -(-groups * t // HEAD_ROWS)
     columns = -(-rule.num_keys // KEY_CHUNK) * KEY_CHUNK
-    pieces = [slice(start, start + KEY_CHUNK) for start in range(0, columns, KEY_CHUNK)]
-    key = (rows, groups, kv_heads)
-    if key not in rule._cache:  # once per pass, for all layers
-        bias = F.pad(_additive(allowed_keys(rule, columns)).repeat(1, groups, 1), (0, 0, 0, rows - groups * t))
-        bias = bias if b == 1 else bias.repeat_interleave(kv_heads, dim=0)
-        rule._cache[key] = [bias[..., piece] for piece in pieces]
+    padding = (0, 0, 0, tiles * HEAD_ROWS - rows)
+    if (groups, kv_heads) not in rule._cache:  # once per pass, for all layers
+        bias = F.pad(_additive(allowed_keys(rule, columns)).repeat(1, groups, 1), padding).view(b, 1, tiles, HEAD_ROWS, columns)
+        rule._cache[groups, kv_heads] = bias.expand(-1, kv_heads, -1, -1, -1).reshape(b * kv_heads, tiles, HEAD_ROWS, columns)
     if columns > stored:
         k, v = (F.pad(x, (0, 0, 0, columns - stored)) for x in (k, v))
     elif columns < stored:
         k, v = k[:, :, :columns], v[:, :, :columns]
-    keys, values = (x.reshape(b * kv_heads, columns, d) for x in (k, v))
-    packed = q.view(t, b, kv_heads, groups, d).permute(1, 2, 3, 0, 4).reshape(b * kv_heads, groups * t, d)
-    if rows > groups * t:
-        packed = F.pad(packed, (0, 0, 0, rows - groups * t))
-    if len(pieces) == 1:
-        out = torch.bmm(torch.baddbmm(rule._cache[key][0], packed, keys.transpose(1, 2), alpha=scale).softmax(-1), values)
-    else:
-        scores = [
-            torch.baddbmm(bias, packed, keys[:, piece].transpose(1, 2), alpha=scale)
-            for bias, piece in zip(rule._cache[key], pieces, strict=True)
-        ]
-        probabilities = torch.cat(scores, dim=-1).softmax(-1)
-        out = torch.bmm(probabilities[..., pieces[0]], values[:, pieces[0]])
-        for piece in pieces[1:]:
-            out = out + torch.bmm(probabilities[..., piece], values[:, piece])
-    if rows > groups * t:
-        out = out.narrow(1, 0, groups * t)
-    out = out.view(b, kv_heads, groups, t, d)
-    return out.permute(3, 0, 1, 2, 4).reshape(t, b, h, d)
+    keys, values = (x.reshape(b * kv_heads, 1, columns, d).expand(-1, tiles, -1, -1) for x in (k, v))
+    grouped = q.view(t, b, kv_heads, groups, d).permute(1, 2, 3, 0, 4).reshape(b * kv_heads, rows, d)
+    grouped = (F.pad(grouped, padding) if padding[-1] else grouped).view(b * kv_heads, tiles, HEAD_ROWS, d)
+    out = F.scaled_dot_product_attention(grouped, keys, values, rule._cache[groups, kv_heads], scale=scale).reshape(b * kv_heads, -1, d)
+    if padding[-1]:
+        out = out.narrow(1, 0, rows)
+    return out.view(b, kv_heads, groups, t, d).permute(3, 0, 1, 2, 4).reshape(t, b, h, d)
 
 
 def _block_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale: float, ntp_key_gradients: bool) -> Tensor:

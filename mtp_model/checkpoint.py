@@ -207,8 +207,6 @@ def _build(config: ModelConfig, tensors: _Tensors, device, dtype: torch.dtype | 
         digest.update(tensor.float().contiguous().cpu().numpy().tobytes())
     model.fingerprint = digest.hexdigest()[:16]
     model.use(implementation)
-    if device.type == "cpu" and implementation != "triton":
-        model.store_input_major_()
     return model.eval()
 
 

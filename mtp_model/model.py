@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mtp_kernels import Sampling, rotary_frequencies, rotary_scale, sampling_keys, swiglu, unchecked
 from mtp_kernels.nn import RMSNorm, SamplerHead
+from mtp_kernels.packed import forget
 from mtp_model.cache import KVCache
 from mtp_model.config import ModelConfig, MTPConfig
 from mtp_model.layers import STACKS, DecoderLayer
@@ -60,6 +61,7 @@ class MTPModel(nn.Module):
         return self.__dict__ | {"kept_steps": {}, "rotations": None}
 
     def _apply(self, fn, recurse=True):  # .to(), .cuda() and their like: the device may be another
+        forget(self.parameters())
         super()._apply(fn, recurse)
         return self.use(self.implementation)
 
@@ -81,13 +83,6 @@ class MTPModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.embed.dtype
-
-    def store_input_major_(self) -> "MTPModel":
-        """Store the base's matrices input-major: on a CPU it is faster for few rows and makes a row's bits independent of
-        its neighbours (see `mtp_kernels.reference`). Shapes and values are unchanged."""
-        for parameter in {self.embed, self.lm_head, *(m.weight for layer in self.layers for m in layer.adapted().values())}:
-            parameter.data = parameter.data.t().contiguous().t()
-        return self
 
     def add_adapter(self, mtp: MTPConfig, seed: int = 0, dtype: torch.dtype | None = None, train_masks: bool = False) -> None:
         """Put a new adapter on the model: it changes no output until trained (B is zero), and never an NTP row's.

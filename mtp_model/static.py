@@ -18,12 +18,14 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mtp_kernels import Sampling
-from mtp_kernels.nn import GatedLoRALinear, version
+from mtp_kernels.nn import GatedLoRALinear
+from mtp_kernels.packed import kept, version
 from mtp_model.cache import ALIGNMENT, KVCache
 from mtp_model.layout import MODES, Layout, decoding_layout
 from mtp_model.lookup import Lookup
@@ -36,7 +38,7 @@ _TRACING = threading.Lock()  # a trace takes the parameters' requires_grad away 
 # torch.jit.trace keeps what it has traced, and every tensor in it, until the process ends; those beneath it do not.
 TRACES = all(
     hasattr(torch._C, name)
-    for name in ("_create_graph_by_tracing", "_jit_pass_constant_propagation", "_jit_pass_cse", "_create_function_from_graph")
+    for name in ("_create_graph_by_tracing", "_jit_pass_inline", "_jit_pass_constant_propagation", "_jit_pass_cse", "_create_function_from_graph")
 )
 
 
@@ -151,8 +153,8 @@ class StaticStep:
         self.seeds.copy_(torch.tensor(seeds))
         if drafts is not None:
             self.drafts[:, : drafts.shape[1]] = drafts
-        for kept, text in zip(self.text, texts if self.options.lookup else (), strict=False):
-            kept[: len(text)] = torch.tensor(text)
+        for row, text in zip(self.text, texts if self.options.lookup else (), strict=False):
+            row[: len(text)] = torch.tensor(text)
 
     def run(self) -> Callable[[], Outcome]:
         """One step for every sequence: recorded the first time, then replayed. Returns what waits for its outcome and reads it; on a
@@ -195,9 +197,13 @@ class StaticStep:
         with torch.cuda.graph(graph, stream=stream):
             self._step()
         # A graph knows addresses and keeps nothing alive: parameters may be replaced, and what was made of them dropped.
-        made = (module._prepared for module in self.model.modules() if isinstance(module, GatedLoRALinear))
-        self._held = [*self.model.parameters(), self.model.rotations, *made]
+        self._held = [*self._weights(), self.model.rotations]
         return graph
+
+    def _weights(self) -> list[Tensor]:
+        """The model's parameters, and what its layers keep of their adapters."""
+        made = (module._prepared for module in self.model.modules() if isinstance(module, GatedLoRALinear))
+        return [*self.model.parameters(), *(tensor for prepared in made if prepared for tensor in prepared[1][:2])]
 
     def _run_on_host(self) -> None:
         # The reference looks at all columns that it is given: those in use, rounded up to a power of two of the cache's pieces.
@@ -222,17 +228,19 @@ class StaticStep:
 
     def _traced(self) -> Callable[..., object]:
         self._rehearse(1)  # what is made once, such as the fastest form of an adapter, must not be recorded
+        packed = [weight for weight in kept(self._weights()) if weight.is_mkldnn]  # which a trace cannot take for constants
         trained = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in trained:  # which a trace refuses
             parameter.requires_grad_(False)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", torch.jit.TracerWarning)  # that shapes are taken as constants, which they are here
-                graph, _ = torch._C._create_graph_by_tracing(lambda *_: self._step(), self._changing, lambda _: "", True, False)
+                graph, _ = torch._C._create_graph_by_tracing(lambda *_: self._step(), (*packed, *self._changing), lambda _: "", True, False)
+                torch._C._jit_pass_inline(graph)
                 # What follows from constants alone is computed now, and what layers have in common once.
                 torch._C._jit_pass_constant_propagation(graph)
                 torch._C._jit_pass_cse(graph)
-                return torch._C._create_function_from_graph("step", graph)
+                return partial(torch._C._create_function_from_graph("step", graph), *packed)
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
@@ -308,7 +316,7 @@ class StaticStep:
 
 def _key(model: MTPModel, batch: int, options: StepOptions) -> tuple:
     """What must be the same for a step to serve again; it holds the parameters that it was recorded with, or what was made of them."""
-    return batch, options, version(*model.parameters())
+    return batch, options, (torch.get_num_threads(), *version(*model.parameters()))
 
 
 def take_step(model: MTPModel, batch: int, columns: int, options: StepOptions) -> StaticStep:
@@ -323,9 +331,9 @@ def take_step(model: MTPModel, batch: int, columns: int, options: StepOptions) -
 
 def keep_step(step: StaticStep) -> None:
     """Keep the step for the next text. Dropped are the oldest, and those of parameters as they were before."""
-    kept = step.model.kept_steps
-    kept[step.key] = step
-    for key in [key for key in kept if key[-1] != step.key[-1]]:
-        del kept[key]
-    while len(kept) > KEPT or len(kept) > 2 and sum(each.cache.bytes for each in kept.values()) > KEPT_BYTES:
-        del kept[next(iter(kept))]
+    steps = step.model.kept_steps
+    steps[step.key] = step
+    for key in [key for key in steps if key[-1] != step.key[-1]]:
+        del steps[key]
+    while len(steps) > KEPT or len(steps) > 2 and sum(each.cache.bytes for each in steps.values()) > KEPT_BYTES:
+        del steps[next(iter(steps))]

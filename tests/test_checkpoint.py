@@ -316,7 +316,7 @@ def test_a_model_that_is_loaded(tmp_path, family, config):
     assert mine.config == opened.config and mine.config.eos_token_ids == (0,) and mine.fingerprint == opened.fingerprint
     assert torch.equal(states(mine, 0), states(opened, 0)) and not any(p.requires_grad for p in mine.parameters())
     for model in (opened, mine):
-        assert not model.training and model.layers[1].o_proj.weight.stride(0) == 1  # input-major, as a CPU wants it
+        assert not model.training
     with torch.no_grad():
         for parameter in hf.parameters():
             parameter.zero_()

@@ -28,8 +28,11 @@ def imports(path):
 def test_reference_stands_alone():
     modules = {module for module, _ in imports(ROOT / "mtp_kernels" / "reference.py")}
     assert {m for m in modules if m.split(".")[0] not in {"torch", *sys.stdlib_module_names}} == {
-        "mtp_kernels.types", "mtp_kernels._block_attention", "mtp_kernels._gradients", "mtp_kernels._sampling",
+        "mtp_kernels", "mtp_kernels.types", "mtp_kernels._block_attention", "mtp_kernels._gradients", "mtp_kernels._sampling",
     }  # fmt: skip
+    assert [name for module, name in imports(ROOT / "mtp_kernels" / "reference.py") if module == "mtp_kernels"] == ["packed"]
+    own = {m for m, _ in imports(ROOT / "mtp_kernels" / "packed.py") if m.split(".")[0] not in {"torch", *sys.stdlib_module_names}}
+    assert own == {"mtp_kernels._gradients"}
     for name in ("_block_attention.py", "_gradients.py"):
         assert {m.split(".")[0] for m, _ in imports(ROOT / "mtp_kernels" / name)} <= {"dataclasses", "torch"}
     assert {m for m, _ in imports(ROOT / "mtp_kernels" / "_sampling.py")} == {"math", "torch", "mtp_kernels.types"}
@@ -82,7 +85,7 @@ def test_model_uses_the_public_operations(path):
         if module == "mtp_kernels":
             assert name in mtp_kernels.__all__
         elif module.startswith("mtp_kernels."):
-            assert module == "mtp_kernels.nn" and not name.startswith("_")
+            assert module in ("mtp_kernels.nn", "mtp_kernels.packed") and not name.startswith("_")
 
 
 def test_every_module_has_its_place():

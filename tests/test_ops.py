@@ -22,6 +22,7 @@ from mtp_kernels import (
     latent_consistency,
     linear_argmax,
     linear_cross_entropy,
+    packed,
     reference,
     rms_norm,
     rotary_embedding,
@@ -845,7 +846,7 @@ def test_accept_a_match_after_a_mismatch_counts_for_nothing():
     assert accepted.tolist() == [2] and following.tolist() == [7]
 
 
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+@pytest.fixture(params=[1, 2, 8], ids=["1 thread", "2 threads", "8 threads"])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -853,27 +854,71 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="row independence is promised with MKL")
+needs_packed = pytest.mark.skipif(packed.pack(torch.zeros(16, 16)) is None, reason="row independence on a CPU is promised with oneDNN")
+PACKED_DTYPES = [dtype for dtype in (torch.float32, torch.float16, torch.bfloat16) if packed.pack(torch.zeros(16, 16, dtype=dtype)) is not None]
 
 
-@needs_mkl
-@pytest.mark.parametrize("k, n", [(64, 192), (256, 768), (768, 256), (48, 32), (64, 7), (2048, 64)])
+def parameter(values):
+    """One that is no inference tensor, whose products are PyTorch's ordinary ones."""
+    with torch.inference_mode(False):
+        return torch.nn.Parameter(torch.empty(values.shape, dtype=values.dtype).copy_(values))
+
+
+@needs_packed
+@pytest.mark.parametrize("k, n", [(64, 192), (256, 768), (768, 256), (48, 32), (64, 7), (2048, 64), (576, 3072), (1536, 576), (3000, 1001), (2048, 2048)])
 @pytest.mark.parametrize("residual", [False, True])
-def test_linear_rows_are_independent(threads, k, n, residual):
-    weight = randn(n, k).t().contiguous().t()
-    x, r = randn(81, k, seed=1), randn(81, n, seed=2)
-    whole = gated_lora_linear(x, weight, residual=r if residual else None)
-    for rows in (1, 2, 3, 9, 17, 80):
-        assert torch.equal(gated_lora_linear(x[:rows], weight, residual=r[:rows] if residual else None), whole[:rows])
-    a, b = randn(4, k, seed=3), randn(n, 4, seed=4)
-    gated = gated_lora_linear(x, weight, a, b, 17, residual=r if residual else None)
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+@torch.inference_mode()
+def test_linear_rows_are_independent(threads, k, n, residual, dtype):
+    weight, bias = parameter(randn(n, k).to(dtype)), randn(n, seed=5).to(dtype)
+    x, r = randn(300, k, seed=1).to(dtype), randn(300, n, seed=2).to(dtype)
+    whole = gated_lora_linear(x, weight, bias=bias, residual=r if residual else None)
+    for rows in (1, 2, 3, 9, 17, 32, 33, 80, 129):
+        some = slice(300 - rows, 300) if rows % 2 else slice(rows)
+        assert torch.equal(gated_lora_linear(x[some], weight, bias=bias, residual=r[some] if residual else None), whole[some]), rows
+    a, b = randn(4, k, seed=3).to(dtype), randn(n, 4, seed=4).to(dtype)
+    gated = gated_lora_linear(x, weight, a, b, 17, bias=bias, residual=r if residual else None)
     assert torch.equal(gated[:17], whole[:17]) and not torch.equal(gated[17:], whole[17:])
 
 
-@needs_mkl
-@pytest.mark.parametrize("d", [16, 64, 80, 96, 128])
+@needs_packed
+@torch.inference_mode()
+def test_packed_weights_follow_their_parameter(monkeypatch):
+    monkeypatch.setattr(packed, "_packs", packs := type(packed._packs)())
+    weight, x = parameter(randn(8, 16)), randn(3, 16, seed=1)
+    first = gated_lora_linear(x, weight)
+    assert packed.kept([weight]) == [packed.pack(weight)] and len(packs) == 1
+    with torch.inference_mode(False), torch.no_grad():
+        weight.mul_(2)
+    torch.testing.assert_close(gated_lora_linear(x, weight), 2 * first)
+    with torch.inference_mode(False), torch.no_grad():
+        weight.data = weight.data.clone().mul_(2)  # other memory
+    torch.testing.assert_close(gated_lora_linear(x, weight), 4 * first)
+    packed.forget([weight])
+    assert not packs and torch.equal(gated_lora_linear(x[:0], weight), torch.zeros(0, 8))
+    made = randn(8, 16)  # under inference_mode: torch does not count what is written to it
+    before = gated_lora_linear(x, made)
+    made.mul_(2)
+    torch.testing.assert_close(gated_lora_linear(x, made), 2 * before)
+    gated_lora_linear(x, weight)
+    del weight
+    assert not packs
+
+
+def test_products_with_gradients_pack_nothing(monkeypatch):
+    monkeypatch.setattr(packed, "_packs", packs := type(packed._packs)())
+    weight = torch.nn.Parameter(randn(8, 16))
+    gated_lora_linear(randn(3, 16), weight).sum().backward()
+    with torch.no_grad():
+        gated_lora_linear(randn(3, 16), weight)
+    assert weight.grad is not None and not packs
+
+
+@needs_packed
+@pytest.mark.parametrize("d", [64, 80, 96, 128])
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2), (8, 2)])
 @pytest.mark.parametrize("visible", [1, 16, 41, 256, 570])
+@torch.inference_mode()
 def test_attention_rows_are_independent(threads, d, heads, kv_heads, visible):
     q, k, v = qkv(81, 1, heads, kv_heads, d, 600)
 

@@ -176,7 +176,7 @@ def test_a_recorded_constant_is_nothing_that_changes(toy_adapter_model):
     (step,) = model.kept_steps.values()
     changing = {x.untyped_storage().data_ptr() for x in step._changing if x.numel()}
     for recorded in step._recorded.values():
-        nodes = [node for node in recorded.graph.findAllNodes("prim::Constant") if node.hasAttribute("value")]  # None has none
+        nodes = [node for node in recorded.func.graph.findAllNodes("prim::Constant") if node.hasAttribute("value")]  # None has none
         constants = [node.t("value") for node in nodes if node.kindOf("value") == "t"]
         assert constants and not changing & {x.untyped_storage().data_ptr() for x in constants}
 
@@ -187,9 +187,9 @@ def test_what_layers_have_in_common_is_recorded_once(toy_adapter_model):
     generate(model, PROMPTS[:1], mode="quadratic", max_new_tokens=5, static=True)
     (step,) = model.kept_steps.values()
     (recorded,) = step._recorded.values()
-    written = [list(node.inputs())[2].debugName() for node in recorded.graph.findAllNodes("aten::index_copy_")]
+    written = [list(node.inputs())[2].debugName() for node in recorded.func.graph.findAllNodes("aten::index_copy_")]
     assert len(written) == 2 * 3 and len(set(written)) == 1
-    assert len(recorded.graph.findAllNodes("aten::t")) < 2 * 3  # an adapter's expansion has one in each of a layer's four modules
+    assert len(recorded.func.graph.findAllNodes("aten::t")) < 2 * 3  # an adapter's expansion has one in each of a layer's four modules
 
 
 def test_a_dropped_step_is_freed(toy_adapter_model):
