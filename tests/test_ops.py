@@ -2,6 +2,9 @@
 
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -932,6 +935,16 @@ def test_attention_rows_are_independent(threads, d, heads, kv_heads, visible):
     whole = run(81, 600)
     for rows, num_keys in itertools.product((1, 2, 3, 9, 17, 81), (visible, visible + 1, visible + 30, 600)):
         assert torch.equal(run(rows, num_keys), whole[:rows]), (rows, num_keys)
+
+
+@needs_packed
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="a CPU without AVX2")
+def test_rows_are_independent_on_older_processors():
+    """The tests of it once more, with the libraries' instructions limited to AVX2."""
+    limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "rows_are_independent and not older", __file__]
+    done = subprocess.run(command, env=os.environ | limits, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:] + done.stderr
 
 
 def test_a_rule_serves_models_of_other_heads():
