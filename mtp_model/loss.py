@@ -155,7 +155,7 @@ def mtp_loss(
     divisor, lcm_rows = all_sum(counts).tolist()
 
     operations = model.operations
-    chunk = {"chunk": 1024} if model.device.type == "cpu" else {}  # rows whose logits stay in its caches
+    chunk = {"chunk": max(128, 2**20 // model.config.vocab_size)} if model.device.type == "cpu" else {}  # rows whose logits stay in its caches
 
     def cross_entropy(hidden: Tensor, labels: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         soft = {"teacher": teacher.detach(), "soft": soft_targets} if soft_targets else {}
