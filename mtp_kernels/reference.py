@@ -91,7 +91,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | No
     if x.dtype is torch.float32:
         y = RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else (x * reciprocal_rms(x, eps)).mul_(weight)
     else:  # normalised in float32, rounded, then weighted: the order of transformers' Llama
-        y = F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight
+        y = x.float()
+        y = (F.rms_norm(y, y.shape[-1:], eps=eps) if torch.is_grad_enabled() else y * reciprocal_rms(y, eps)).to(x.dtype) * weight
     return y if residual is None else (y, x)
 
 
@@ -325,7 +326,7 @@ def sampler_draft(
     if isinstance(candidates, Tensor):
         ids = candidates
     elif candidates is not None and candidates < lm_head.shape[0]:  # a list of everything would only be slower
-        ids = F.linear(z, lm_head).topk(candidates, dim=-1, sorted=False).indices
+        ids = packed.linear(z.flatten(0, 1), lm_head).unflatten(0, z.shape[:2]).topk(candidates, dim=-1, sorted=False).indices
     if ids is not None:
         ids = ids.sort(-1).values  # (B, k, C), so that the first of equal logits is the lowest id
     from_mask = F.linear(z, weights.w1[:, d:], weights.b1)  # all k masks at once; only the token's half is sequential
