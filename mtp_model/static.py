@@ -32,7 +32,7 @@ from mtp_model.lookup import Lookup
 from mtp_model.model import MTPModel
 
 WARM_UPS = 2  # runs before a capture: kernels are compiled and memory is reserved in them
-FEW_ROWS = 128  # up to here a product with a large matrix takes as long as reading it
+FEW_ROWS, FEW_ROWS_ON_CPU = 128, 32  # up to here a product with a large matrix takes about as long as reading it
 KEPT, KEPT_BYTES = 32, 2**30  # steps kept per model, and bytes of their caches; two are kept whatever they need
 _TRACING = threading.Lock()  # a trace takes the parameters' requires_grad away meanwhile
 # torch.jit.trace keeps what it has traced, and every tensor in it, until the process ends; those beneath it do not.
@@ -75,10 +75,10 @@ class StepOptions:
 
     def shares_logits(self, model: MTPModel, layout: Layout) -> bool:
         """Whether verification's pass over lm_head has the masks' rows too, since drafting needs their logits: where these are the rows that will be
-        drafted from, or with fused kernels few enough to cost nothing beside reading lm_head, which then need not be read again."""
+        drafted from, or few enough to cost little beside reading lm_head, which then need not be read again (on a GPU with fused kernels alone)."""
         needed = not self.use_sampler or model.sampler is None or (self.draft_candidates or model.config.vocab_size) < model.config.vocab_size
-        few = layout.num_blocks == 1 or model.fused and layout.num_rows * layout.batch <= FEW_ROWS
-        return bool(layout.num_blocks) and needed and few
+        most = FEW_ROWS if model.fused else FEW_ROWS_ON_CPU if model.device.type == "cpu" else 0
+        return bool(layout.num_blocks) and needed and (layout.num_blocks == 1 or layout.num_rows * layout.batch <= most)
 
     def without_blocks(self, copied: Tensor) -> Tensor | None:
         """(B,) which sequences' blocks are not to be drafted from, given whether their drafts were copied; None: every block is."""

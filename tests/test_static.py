@@ -360,14 +360,15 @@ def test_one_pass_over_lm_head_serves_both(toy_adapter_model, monkeypatch, mode,
 def test_which_steps_share_a_pass_over_lm_head(toy_adapter_model):
     model = toy_adapter_model(k=8, num_hidden_layers=1)
 
-    def shares(mode, batch=1, model=model, **options):
-        step = StepOptions(mode, 8, **options)
-        return step.shares_logits(model, step.layout((8,) * batch))
+    def shares(mode, batch=1, k=8, **options):
+        step = StepOptions(mode, k, **options)
+        return step.shares_logits(model, step.layout((k,) * batch))
 
     assert shares("linear", draft_candidates=3) and shares("linear", 40, use_sampler=False)  # the very rows that are drafted from
     assert not shares("linear") and not shares("linear", draft_candidates=6)  # the sampler reads all of lm_head
     assert not shares("autoregressive", draft_candidates=3)
-    assert not shares("quadratic", draft_candidates=3)  # nine times as many rows, which the specification takes time for
+    assert not shares("quadratic", draft_candidates=3)  # nine times as many rows, which a CPU takes time for
+    assert shares("quadratic", k=3, draft_candidates=3) and not shares("quadratic", 3, 3, draft_candidates=3)  # 16 and 48 rows
     pytest.importorskip("triton")
     model.use("triton")
     assert shares("quadratic", draft_candidates=3) and not shares("quadratic", 2, draft_candidates=3)  # 81 and 162 rows
