@@ -132,9 +132,12 @@ def add_adapter_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: fl
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x W^T (+ b) (+ residual) for x (M, K); on a CPU under torch.inference_mode each row as if it stood alone."""
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or (w := pack(weight)) is None:
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or x.device.type != "cpu":
         return matmul(x, weight, bias, residual)
-    (rows, width), least = map(int, x.shape), _min_rows(x.dtype)
+    rows, width = map(int, x.shape)
+    w, least = pack(weight), _min_rows(x.dtype)
+    if w is None:  # at least no single row, which would take a matrix-vector routine
+        w, least = weight, 2
     if rows == 0:
         return x.new_empty(0, int(weight.shape[0]))
     if least < TILE_ROWS:
