@@ -917,6 +917,17 @@ def test_products_with_gradients_pack_nothing(monkeypatch):
     assert weight.grad is not None and not packs
 
 
+@torch.inference_mode()
+def test_without_a_packed_form_a_single_row_is_multiplied_as_two(monkeypatch):
+    shapes, matmul = [], packed.matmul
+    monkeypatch.setattr(packed, "pack", lambda weight: None)
+    monkeypatch.setattr(packed, "matmul", lambda x, *rest: shapes.append(x.shape) or matmul(x, *rest))
+    weight, x, residual = randn(8, 16), randn(3, 16, seed=1), randn(3, 8, seed=2)
+    whole = gated_lora_linear(x, weight, residual=residual)
+    torch.testing.assert_close(gated_lora_linear(x[:1], weight, residual=residual[:1]), whole[:1])
+    assert shapes == [(3, 16), (2, 16)]
+
+
 @needs_packed
 @pytest.mark.parametrize("d", [64, 80, 96, 128])
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2), (8, 2)])
