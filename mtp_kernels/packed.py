@@ -2,15 +2,17 @@
 
 What is verified together must come out as it would one by one, to the bit. PyTorch's float32 product on a CPU (MKL's) sums a row in another order
 when other rows stand beside it: with AVX-512 once K is above 1,000 or so, with AVX2 always; and its 16-bit product packs the weight at each call.
-oneDNN's product with a weight in oneDNN's own layout has one order from two rows up, and reads the weight once, which is faster for few rows. (Seen
-with SSE 4.1, AVX2 and AVX-512, 1 to 16 threads; `tests/test_ops.py` holds it.) Where tiles of AMX compute (bfloat16, and float16 on later chips) the
-order follows from the number of rows, which therefore is always the same, TILE_ROWS, and takes no longer than one.
+oneDNN's product with a weight in oneDNN's own layout reads the weight once, which is faster for few rows, and its order follows from the number of
+rows at most: not at all from two rows up (oneDNN 3.11 in float32, with SSE 4.1, AVX2 and AVX-512), from how many are left over of 6 (3.10 with AVX2),
+in ways of its own (AMX, for bfloat16). So a product has a number of rows that is right, in one of the ways of `TILINGS`: the first in which rows are
+seen to be independent on this machine, tried at the first product of a dtype.
 
 For a small weight MKL's product takes less time, so it serves where this machine is seen to sum every row alike, with the weight stored input-major.
 
 A weight is packed at its first product under torch.inference_mode, which decoding runs in, and kept beside it: its matrices are then in memory twice.
 """
 
+import itertools
 import warnings
 from collections.abc import Iterable
 from functools import cache
@@ -24,10 +26,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mtp_kernels._gradients import matmul
 
-TILE_ROWS = 32
+TILINGS = ((1, 2**31), (6, 48), (32, 32))  # products are filled up to a multiple of so many rows, and have at most so many
+TRIED_ROWS = (*range(2, 10), 12, 15, 16, 17, 24, 25, 31, 32, 33, 47, 48, 49, 64, 81, 96, 128, 129, 200, 300)
+TRIED_SHAPES = ((100, 96), (320, 1100), (3072, 576), (576, 3072))  # N, K
 SMALL = 2**20  # elements of a weight up to which MKL's product may be the faster one
-TRIED_ROWS = (*range(2, 34), 40, 48, 49, 64, 72, 81, 96, 128, 129, 200, 256, 300)
-MATRIX_WIDTH = 1024  # of rows of which a single one is multiplied as two, for one would be summed in another order
 _steps = 0  # that optimizers made, of any kind
 _packs = WeakIdKeyDictionary()  # weight -> (its storage, version, packed)
 
@@ -47,41 +49,54 @@ def version(*parameters: Tensor) -> tuple:
 
 
 @cache
-def _min_rows(dtype: torch.dtype) -> int | None:
-    """2, or TILE_ROWS where a product always has that many; None where this CPU and PyTorch have no packed product of the dtype."""
+def _tiling(dtype: torch.dtype, threads: int) -> tuple[int, int] | None:
+    """One of TILINGS; None where this CPU and PyTorch have no packed product of the dtype, or none whose rows are independent."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return None
     try:
-        weight = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), None)
-        torch.ops.mkldnn._linear_pointwise(torch.zeros(2, 16, dtype=dtype), weight, None, "none", [], "")
+        return next((tiling for tiling in TILINGS if all(_independent(n, k, dtype, tiling) for n, k in TRIED_SHAPES)), None)
     except (AttributeError, RuntimeError):
         return None
-    if dtype is torch.float32:
-        return 2
-    support = "_is_amx_tile_supported" if dtype is torch.bfloat16 else "_is_amx_fp16_supported"
-    return TILE_ROWS if getattr(torch.cpu, support, lambda: False)() else 2
+
+
+def _random(n: int, k: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(TRIED_ROWS[-1], k, generator=generator), torch.randn(n, k, generator=generator)
+
+
+def _independent(n: int, k: int, dtype: torch.dtype, tiling: tuple[int, int]) -> bool:
+    x, weight = (values.to(dtype) for values in _random(n, k))
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    whole = _tiled(x, weight, None, None, *tiling)
+    return all(torch.equal(_tiled(x[-rows:], weight, None, None, *tiling), whole[-rows:]) for rows in (1, *TRIED_ROWS))
 
 
 @cache
 def _rows_alike(n: int, k: int, threads: int) -> bool:
     """Whether MKL sums a row alike in products of all the numbers of rows that are tried, with an input-major float32 weight."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, k, generator=generator) for rows in (TRIED_ROWS[-1], n))
+    x, weight = _random(n, k)
     weight = weight.t().contiguous()
     whole = x @ weight
-    return all(torch.equal(x[:rows] @ weight, whole[:rows]) for rows in TRIED_ROWS)
+    return all(torch.equal(x[-rows:] @ weight, whole[-rows:]) for rows in TRIED_ROWS)
+
+
+def _computed(dtype: torch.dtype, threads: int) -> torch.dtype | None:
+    """In which a product of the dtype is computed: in float32 where there is no packed product of the dtype itself, whose rows PyTorch takes one by one."""
+    return dtype if _tiling(dtype, threads) else torch.float32 if dtype.itemsize == 2 and _tiling(torch.float32, threads) else None
 
 
 def pack(weight: Tensor) -> Tensor | None:
     """The weight (N, K), input-major or in oneDNN's layout, kept from the last time unless it has changed; None where there is nothing better than it is."""
-    if weight.device.type != "cpu" or weight.is_inference() or _min_rows(weight.dtype) is None:
+    threads = torch.get_num_threads()
+    if weight.device.type != "cpu" or weight.is_inference() or (dtype := _computed(weight.dtype, threads)) is None:
         return None
-    held, state = _packs.get(weight), (torch.get_num_threads(), *version(weight))
+    held, state = _packs.get(weight), (threads, *version(weight))
     if held is None or held[0].expired() or held[1] != state:
-        if weight.dtype is torch.float32 and weight.numel() <= SMALL and _rows_alike(*map(int, weight.shape), torch.get_num_threads()):
-            form = weight.detach().t().contiguous().t()
+        wide = weight.detach().to(dtype)
+        if dtype is torch.float32 and weight.numel() <= SMALL and _rows_alike(*map(int, weight.shape), threads):
+            form = wide.t().contiguous().t()
         else:
-            form = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+            form = torch.ops.mkldnn._reorder_linear_weight(wide.contiguous(), None)
         held = _packs[weight] = StorageWeakRef(weight.untyped_storage()), state, form
     return held[2]
 
@@ -126,27 +141,35 @@ def add_adapter_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: fl
     if a is None or b is None:
         y.addmm_(F.linear(x, lora_a), lora_b.t(), alpha=scale)
     else:
-        shrunk = _product(x, a, None, None)
-        y.copy_(_product(shrunk if scale == 1 else shrunk * scale, b, None, y))
+        shrunk = _product(x.to(a.dtype), a, None, None)
+        y.copy_(_product(shrunk if scale == 1 else shrunk * scale, b, None, y.to(b.dtype)))
+
+
+def _tiled(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, unit: int, most: int) -> Tensor:
+    """The product of rows, one or more, filled up to a multiple of `unit`, two at least, `most` at a time."""
+    rows = int(x.shape[0])
+    if rows == 1 and unit == 1:
+        return _product(x.expand(2, -1), weight, bias, None if residual is None else residual.expand(2, -1))[:1]
+    if missing := -rows % unit:
+        x, residual = (y if y is None else F.pad(y, (0, 0, 0, missing)) for y in (x, residual))
+    if rows <= most:
+        y = _product(x, weight, bias, residual)
+    else:
+        parts = zip(x.split(most), itertools.repeat(None) if residual is None else residual.split(most), strict=False)
+        y = torch.cat([_product(part, weight, bias, beside) for part, beside in parts])
+    return y[:rows] if missing else y
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x W^T (+ b) (+ residual) for x (M, K); on a CPU under torch.inference_mode each row as if it stood alone."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or x.device.type != "cpu":
         return matmul(x, weight, bias, residual)
-    rows, width = map(int, x.shape)
-    w, least = pack(weight), _min_rows(x.dtype)
-    if w is None:  # at least no single row, which would take a matrix-vector routine
-        w, least = weight, 2
-    if rows == 0:
+    if x.shape[0] == 0:
         return x.new_empty(0, int(weight.shape[0]))
-    if least < TILE_ROWS:
-        if rows > 1 or w.is_mkldnn and width < MATRIX_WIDTH:
-            return _product(x, w, bias, residual)
-        return _product(x.expand(2, -1), w, bias, None if residual is None else residual.expand(2, -1))[:1]
-    padding = (0, 0, 0, -rows % TILE_ROWS)
-    x, residual = (y if y is None or not padding[-1] else F.pad(y, padding) for y in (x, residual))
-    residuals = [None] * len(x) if residual is None else residual.split(TILE_ROWS)
-    tiles = [_product(tile, w, bias, each) for tile, each in zip(x.split(TILE_ROWS), residuals, strict=False)]
-    y = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
-    return y[:rows] if padding[-1] else y
+    if (form := pack(weight)) is None:
+        return _tiled(x, weight, bias, residual, *TILINGS[0])  # at least no single row, which would take a matrix-vector routine
+    tiling = _tiling(form.dtype, torch.get_num_threads()) if form.is_mkldnn else TILINGS[0]
+    if form.dtype == x.dtype:
+        return _tiled(x, form, bias, residual, *tiling)
+    wide = (y if y is None else y.to(form.dtype) for y in (bias, residual))
+    return _tiled(x.to(form.dtype), form, *wide, *tiling).to(x.dtype)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtp_model.demo
+from mtp_kernels.packed import pack
 from mtp_model import generate, load_adapter, load_model
 from mtp_model.demo import ABLATION, ADAPTER, BASE, HELD_OUT
 from mtp_model.demo.base import train_tokenizer, windows
@@ -51,6 +52,16 @@ def test_exact_on_held_out_prompts(demo, mode, k):
     result = generate(model, some, mode=mode, k=k, max_new_tokens=60)
     assert result.tokens == expected
     assert result.stats.tokens_per_step > 1.2
+
+
+@pytest.mark.skipif(pack(torch.zeros(16, 16)) is None, reason="promised on a CPU with oneDNN")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_exact_in_16_bits_on_a_cpu(demo, dtype):
+    model, some = load_adapter(ADAPTER).apply(load_model(BASE, dtype=dtype)), demo[2][:3]
+    expected = [generate(model, [prompt], mode="autoregressive", max_new_tokens=50).tokens[0] for prompt in some]
+    for options in ({"mode": "linear", "k": 2}, {"mode": "quadratic", "k": 8}, {"mode": "quadratic", "k": 3, "static": False}):
+        result = generate(model, some, max_new_tokens=50, **options)
+        assert result.tokens == expected and result.stats.tokens_per_step > 1.2
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() or os.environ.get("TEST_PTX")), reason="for a GPU, or minutes on the machine for PTX")
