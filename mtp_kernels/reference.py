@@ -5,13 +5,14 @@ valid; `ops` checks them.
 
 Row independence. On an x86 CPU under torch.inference_mode a row's result has the same bits however many rows stand beside it. Matrix products are
 those of `packed`. Attention is PyTorch's fused one, which takes keys in blocks of `KEY_BLOCK` columns, here by absolute index, to whole `KEY_CHUNK`s, and
-rows in tiles, here of `HEAD_ROWS`. These are observations of oneDNN 3 and MKL 2024.2, with AVX2 and AVX-512, held by tests; on another CPU library results
-may differ in the last bit.
+rows in tiles, here of the first of `HEAD_ROWS` with which rows are seen to be independent on this machine (with AVX-512 any number from 6; MKL's
+kernels with AVX2 take 6 rows at a time, and sum what is left over otherwise). Tests hold it, with AVX2 and AVX-512.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,8 @@ from mtp_kernels._sampling import gumbel, least_kept
 from mtp_kernels.types import AttentionRule, SamplerWeights, Sampling
 
 KEY_CHUNK, KEY_BLOCK = 256, 512
-HEAD_ROWS = 24  # rows of heads in a tile; MKL's kernels with AVX2 take 24 rows at a time, and sum what is left over otherwise
+HEAD_ROWS = ((6, 24), (24, 24), (12, 12), (6, 6))  # rows of heads in a tile, at least and at most
+TRIED_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 17, 18, 24, 25, 34, 48, 81)
 ROW_TILE = 128
 KEPT_SCORES = 2**25  # rows x keys x heads of a long pass up to which its tiles are kept for all layers
 PART_SCORES = 2**19  # of mask rows alone, at a time on a CPU: 2 MiB, which its caches hold
@@ -246,25 +248,63 @@ def _tiles(rule: AttentionRule) -> Iterator[tuple[slice, int, AttentionRule]]:
         )  # fmt: skip
 
 
+@cache
+def _head_rows(d: int, dtype: torch.dtype, threads: int) -> tuple[int, int]:
+    """The first of HEAD_ROWS with which rows are seen to be independent on this machine; if there is none, the first."""
+    most = 2 * KEY_BLOCK
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, d, generator=generator, dtype=dtype) for n in (TRIED_ROWS[-1], most, most))
+
+    def attend(rows: int, visible: int, columns: int, way: tuple[int, int]) -> Tensor:
+        height, tiles = _head_tiles(rows, *way)
+        bias = _additive((torch.arange(columns) < visible).expand(2, tiles, height, columns))
+        return _heads_in_tiles(q[:, -rows:], k[:, None, :columns], v[:, None, :columns], bias.to(dtype), 1.0)
+
+    def independent(way: tuple[int, int]) -> bool:
+        for visible, *capacities in ((KEY_CHUNK - 50, KEY_CHUNK, KEY_BLOCK, most), (KEY_BLOCK + 150, KEY_BLOCK + KEY_CHUNK, most)):
+            whole = attend(TRIED_ROWS[-1], visible, most, way)
+            alike = (torch.equal(attend(rows, visible, columns, way), whole[:, -rows:]) for columns in capacities for rows in TRIED_ROWS)
+            if not all(alike):
+                return False
+        return True
+
+    return next(filter(independent, HEAD_ROWS), HEAD_ROWS[0])
+
+
+def _head_tiles(rows: int, least: int, most: int) -> tuple[int, int]:
+    """How high the tiles are, and how many."""
+    height = min(max(rows, least), most)
+    return height, -(-rows // height)
+
+
+def _heads_in_tiles(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """q (N, rows, D), k, v (N, 1, S, D), bias (N, tiles, height, S)."""
+    (n, rows, d), tiles, height = q.shape, *bias.shape[1:3]
+    if missing := tiles * height - rows:
+        q = F.pad(q, (0, 0, 0, missing))
+    k, v = (x.expand(-1, tiles, -1, -1) for x in (k, v))
+    out = F.scaled_dot_product_attention(q.view(n, tiles, height, d), k, v, bias, scale=scale).reshape(n, tiles * height, d)
+    return out.narrow(1, 0, rows) if missing else out
+
+
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, scale: float) -> Tensor:
     (t, b, h, d), (_, kv_heads, stored, _) = _sizes(q), _sizes(k)
     groups = h // kv_heads
-    rows, tiles = groups * t, -(-groups * t // HEAD_ROWS)
+    tried = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    height, tiles = _head_tiles(groups * t, *(_head_rows(d, q.dtype, torch.get_num_threads()) if tried else HEAD_ROWS[0]))
     columns = -(-rule.num_keys // KEY_CHUNK) * KEY_CHUNK
-    padding = (0, 0, 0, tiles * HEAD_ROWS - rows)
-    if (groups, kv_heads) not in rule._cache:  # once per pass, for all layers
-        bias = F.pad(_additive(allowed_keys(rule, columns)).repeat(1, groups, 1), padding).view(b, 1, tiles, HEAD_ROWS, columns)
-        rule._cache[groups, kv_heads] = bias.expand(-1, kv_heads, -1, -1, -1).reshape(b * kv_heads, tiles, HEAD_ROWS, columns)
+    key = height, groups, kv_heads
+    if key not in rule._cache:  # once per pass, for all layers
+        bias = _additive(allowed_keys(rule, columns)).repeat(1, groups, 1)
+        bias = F.pad(bias, (0, 0, 0, tiles * height - groups * t)).view(b, 1, tiles, height, columns)
+        rule._cache[key] = bias.expand(-1, kv_heads, -1, -1, -1).reshape(b * kv_heads, tiles, height, columns)
     if columns > stored:
         k, v = (F.pad(x, (0, 0, 0, columns - stored)) for x in (k, v))
     elif columns < stored:
         k, v = k[:, :, :columns], v[:, :, :columns]
-    keys, values = (x.reshape(b * kv_heads, 1, columns, d).expand(-1, tiles, -1, -1) for x in (k, v))
-    grouped = q.view(t, b, kv_heads, groups, d).permute(1, 2, 3, 0, 4).reshape(b * kv_heads, rows, d)
-    grouped = (F.pad(grouped, padding) if padding[-1] else grouped).view(b * kv_heads, tiles, HEAD_ROWS, d)
-    out = F.scaled_dot_product_attention(grouped, keys, values, rule._cache[groups, kv_heads], scale=scale).reshape(b * kv_heads, -1, d)
-    if padding[-1]:
-        out = out.narrow(1, 0, rows)
+    k, v = (x.reshape(b * kv_heads, 1, columns, d) for x in (k, v))
+    grouped = q.view(t, b, kv_heads, groups, d).permute(1, 2, 3, 0, 4).reshape(b * kv_heads, groups * t, d)
+    out = _heads_in_tiles(grouped, k, v, rule._cache[key], scale)
     return out.view(b, kv_heads, groups, t, d).permute(3, 0, 1, 2, 4).reshape(t, b, h, d)
 
 

@@ -849,7 +849,7 @@ def test_accept_a_match_after_a_mismatch_counts_for_nothing():
     assert accepted.tolist() == [2] and following.tolist() == [7]
 
 
-@pytest.fixture(params=[1, 2, 8], ids=["1 thread", "2 threads", "8 threads"])
+@pytest.fixture(params=[1, 2, 3, 8], ids="{} threads".format)
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -929,7 +929,7 @@ def test_without_a_packed_form_a_single_row_is_multiplied_as_two(monkeypatch):
 
 
 @needs_packed
-@pytest.mark.parametrize("d", [64, 80, 96, 128])
+@pytest.mark.parametrize("d", [16, 64, 80, 96, 128])
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2), (8, 2)])
 @pytest.mark.parametrize("visible", [1, 16, 41, 256, 570])
 @torch.inference_mode()
