@@ -3,7 +3,7 @@
 What is verified together must come out as it would one by one, to the bit. PyTorch's float32 product on a CPU (MKL's) sums a row in another order
 when other rows stand beside it: with AVX-512 once K is above 1,000 or so, with AVX2 always; and its 16-bit product packs the weight at each call.
 oneDNN's product with a weight in oneDNN's own layout reads the weight once, which is faster for few rows, and its order follows from the number of
-rows at most: not at all from two rows up (oneDNN 3.11 in float32, with SSE 4.1, AVX2 and AVX-512), from how many are left over of 6 (3.10 with AVX2),
+rows at most: not at all from two rows up (oneDNN 3.12 in float32, with SSE 4.1, AVX2 and AVX-512), from how many are left over of 6 (3.10 with AVX2),
 in ways of its own (AMX, for bfloat16). So a product has a number of rows that is right, in one of the ways of `TILINGS`: the first in which rows are
 seen to be independent on this machine, tried at the first product of a dtype.
 
@@ -14,8 +14,8 @@ A weight is packed at its first product under torch.inference_mode, which decodi
 
 import itertools
 import warnings
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, wraps
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,19 @@ def version(*parameters: Tensor) -> tuple:
     return _steps, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
 
 
+def quietly(try_out: Callable) -> Callable:
+    """For what is tried on a CPU: in the dtypes asked for, whatever torch.autocast, default device and default dtype are where it is first needed."""
+
+    @wraps(try_out)
+    def run(*args):
+        with torch.autocast("cpu", enabled=False), torch.device("cpu"), torch.no_grad():
+            return try_out(*args)
+
+    return run
+
+
 @cache
+@quietly
 def _tiling(dtype: torch.dtype, threads: int) -> tuple[int, int] | None:
     """One of TILINGS; None where this CPU and PyTorch have no packed product of the dtype, or none whose rows are independent."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16) or not torch.backends.mkldnn.is_available():
@@ -61,7 +73,7 @@ def _tiling(dtype: torch.dtype, threads: int) -> tuple[int, int] | None:
 
 def _random(n: int, k: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(TRIED_ROWS[-1], k, generator=generator), torch.randn(n, k, generator=generator)
+    return tuple(torch.randn(rows, k, generator=generator, dtype=torch.float32) for rows in (TRIED_ROWS[-1], n))
 
 
 def _independent(n: int, k: int, dtype: torch.dtype, tiling: tuple[int, int]) -> bool:
@@ -72,6 +84,7 @@ def _independent(n: int, k: int, dtype: torch.dtype, tiling: tuple[int, int]) ->
 
 
 @cache
+@quietly
 def _rows_alike(n: int, k: int, threads: int) -> bool:
     """Whether MKL sums a row alike in products of all the numbers of rows that are tried, with an input-major float32 weight."""
     x, weight = _random(n, k)

@@ -249,6 +249,7 @@ def _tiles(rule: AttentionRule) -> Iterator[tuple[slice, int, AttentionRule]]:
 
 
 @cache
+@packed.quietly
 def _head_rows(d: int, dtype: torch.dtype, threads: int) -> tuple[int, int]:
     """The first of HEAD_ROWS with which rows are seen to be independent on this machine; if there is none, the first."""
     most = 2 * KEY_BLOCK

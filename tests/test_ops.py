@@ -86,17 +86,20 @@ def gates(rows, leading):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("splits, rank", [((24,), 1), ((24,), 7), ((10, 6, 8), 4), ((96,), 512), ((5, 11, 3), 64)])
 @pytest.mark.parametrize("leading", [(), (1,), (9,), (4, 3), (2, 3, 5), (0,), (3, 0)])
-def test_gated_lora_linear(leading, splits, rank, dtype):
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference"])
+def test_gated_lora_linear(leading, splits, rank, dtype, inference):
     rows = torch.Size(leading).numel()
     for bias, residual in itertools.product((False, True), repeat=2):
         case = lora_case(leading, 20, splits, rank, dtype, bias, residual)
-        plain = gated_lora_linear(case["x"], case["weight"], bias=case["bias"], residual=case["residual"])
+        with torch.inference_mode(inference):
+            plain = gated_lora_linear(case["x"], case["weight"], bias=case["bias"], residual=case["residual"])
         wide = {name: None if t is None else t.double() for name, t in case.items()}
         for on, gate in gates(rows, leading):
-            got = gated_lora_linear(
-                case["x"], case["weight"], case["a"], case["b"], gate, scale=0.7,
-                splits=splits if len(splits) > 1 else None, bias=case["bias"], residual=case["residual"],
-            )  # fmt: skip
+            with torch.inference_mode(inference):
+                got = gated_lora_linear(
+                    case["x"], case["weight"], case["a"], case["b"], gate, scale=0.7,
+                    splits=splits if len(splits) > 1 else None, bias=case["bias"], residual=case["residual"],
+                )  # fmt: skip
             exact = lora_formula(**wide, on=on, scale=0.7, splits=splits)
             eager = lora_formula(**case, on=on, scale=0.7, splits=splits)
             assert_within_budget(got, exact, eager)
@@ -411,6 +414,9 @@ def test_rms_norm(shape, dtype):
     y, total = rms_norm(x, weight, 1e-3, residual)
     assert torch.equal(total, x + residual)
     assert_within_budget(y, formula(total.double(), weight.double()), formula(total, weight))
+    with torch.no_grad():
+        x = x * 0.02  # of which eps makes something else
+        assert_within_budget(rms_norm(x, weight, 1e-3), formula(x.double(), weight.double()), formula(x, weight))
 
 
 def test_rms_norm_gradients():
@@ -876,6 +882,12 @@ def test_linear_rows_are_independent(threads, k, n, residual, dtype):
     weight, bias = parameter(randn(n, k).to(dtype)), randn(n, seed=5).to(dtype)
     x, r = randn(300, k, seed=1).to(dtype), randn(300, n, seed=2).to(dtype)
     whole = gated_lora_linear(x, weight, bias=bias, residual=r if residual else None)
+    exact, size = (
+        u @ w.t() + c + s * residual
+        for u, w, c, s in ([form(t.double()) for t in (x, weight, bias, r)] for form in (torch.Tensor.clone, torch.Tensor.abs))
+    )
+    allowed = k**0.5 * torch.finfo(torch.float32).eps * size + 4 * torch.finfo(dtype).eps * (exact.abs() + bias.abs() + r.abs())
+    assert ((whole.double() - exact).abs() <= allowed).all()
     for rows in (1, 2, 3, 9, 17, 32, 33, 80, 129):
         some = slice(300 - rows, 300) if rows % 2 else slice(rows)
         assert torch.equal(gated_lora_linear(x[some], weight, bias=bias, residual=r[some] if residual else None), whole[some]), rows
@@ -906,6 +918,26 @@ def test_packed_weights_follow_their_parameter(monkeypatch):
     gated_lora_linear(x, weight)
     del weight
     assert not packs
+
+
+@needs_packed
+def test_what_the_machine_is_tried_for_follows_from_nothing_else():
+    """Not from torch's defaults or autocast, where it is first needed."""
+    cached, threads, dtype = (packed._tiling, packed._rows_alike, reference._head_rows), torch.get_num_threads(), torch.get_default_dtype()
+
+    def tried():
+        for results in cached:
+            results.cache_clear()
+        return packed._tiling(torch.float32, threads), packed._rows_alike(576, 1536, threads), reference._head_rows(64, torch.float32, threads)
+
+    found = tried()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+            assert tried() == found
+    finally:
+        torch.set_default_dtype(dtype)
+    assert found[0] in packed.TILINGS and found[2] in reference.HEAD_ROWS
 
 
 def test_products_with_gradients_pack_nothing(monkeypatch):
@@ -953,7 +985,7 @@ def test_attention_rows_are_independent(threads, d, heads, kv_heads, visible):
 def test_rows_are_independent_on_older_processors():
     """The tests of it once more, with the libraries' instructions limited to AVX2."""
     limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "rows_are_independent and not older", __file__]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "(rows_are_independent or gated_lora_linear) and not older", __file__]
     done = subprocess.run(command, env=os.environ | limits, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:] + done.stderr
 

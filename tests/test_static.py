@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_kernels import Sampling
+from mtp_kernels.packed import kept
 from mtp_model import Decoding, generate, load_adapter, load_model, save_adapter, static
 from mtp_model.layout import MODES
 from mtp_model.lookup import Lookup
@@ -91,6 +92,20 @@ def test_a_fused_optimizers_step_needs_a_new_step(toy_adapter_model):
     optimizer.step()
     fixed, host = both_ways(model, mode="linear", k=2, max_new_tokens=12)
     assert fixed.tokens == host.tokens and fixed.stats.accepted == host.stats.accepted and before not in model.kept_steps
+
+
+def test_another_number_of_threads_or_dtype_makes_other_copies(toy_adapter_model):
+    model, before = toy_adapter_model(k=2), torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            generate(model, PROMPTS[:1], mode="linear", max_new_tokens=5, static=True)
+            (key,) = model.kept_steps  # the former's went
+            assert key[-1][0] == threads
+        assert kept(model.parameters())
+        assert not kept(model.double().parameters())
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_under_autocast_the_model_keeps_its_dtype(shared):
