@@ -7,6 +7,9 @@ rows at most: not at all from two rows up (oneDNN 3.12 in float32, with SSE 4.1,
 in ways of its own (AMX, for bfloat16). So a product has a number of rows that is right, in one of the ways of `TILINGS`: the first in which rows are
 seen to be independent on this machine, tried at the first product of a dtype.
 
+Where there is no packed product (PyTorch without oneDNN, as for Macs), or the weight was made under torch.inference_mode and so has no version to tell
+whether a copy is still right, PyTorch's ordinary product serves in numbers of rows that are found likewise (`PLAIN_TILINGS`), the last of them one by one.
+
 For a small weight MKL's product takes less time, so it serves where this machine is seen to sum every row alike, with the weight stored input-major.
 
 A weight is packed at its first product under torch.inference_mode, which decoding runs in, and kept beside it: its matrices are then in memory twice.
@@ -27,6 +30,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mtp_kernels._gradients import matmul
 
 TILINGS = ((1, 2**31), (6, 48), (32, 32))  # products are filled up to a multiple of so many rows, and have at most so many
+PLAIN_TILINGS = (TILINGS[0], (8, 8), (12, 12), (4, 4), (1, 1))  # of ordinary products; the last is right by itself
 TRIED_ROWS = (*range(2, 10), 12, 15, 16, 17, 24, 25, 31, 32, 33, 47, 48, 49, 64, 81, 96, 128, 129, 200, 300)
 TRIED_SHAPES = ((100, 96), (320, 1100), (3072, 576), (576, 3072))  # N, K
 SMALL = 2**20  # elements of a weight up to which MKL's product may be the faster one
@@ -71,14 +75,22 @@ def _tiling(dtype: torch.dtype, threads: int) -> tuple[int, int] | None:
         return None
 
 
+@cache
+@quietly
+def _plain_tiling(dtype: torch.dtype, threads: int) -> tuple[int, int]:
+    """One of PLAIN_TILINGS."""
+    shapes = *TRIED_SHAPES, (64, 2048)
+    return next(tiling for tiling in PLAIN_TILINGS if tiling == PLAIN_TILINGS[-1] or all(_independent(n, k, dtype, tiling, False) for n, k in shapes))
+
+
 def _random(n: int, k: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(rows, k, generator=generator, dtype=torch.float32) for rows in (TRIED_ROWS[-1], n))
 
 
-def _independent(n: int, k: int, dtype: torch.dtype, tiling: tuple[int, int]) -> bool:
+def _independent(n: int, k: int, dtype: torch.dtype, tiling: tuple[int, int], reorder: bool = True) -> bool:
     x, weight = (values.to(dtype) for values in _random(n, k))
-    weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if reorder else weight
     whole = _tiled(x, weight, None, None, *tiling)
     return all(torch.equal(_tiled(x[-rows:], weight, None, None, *tiling), whole[-rows:]) for rows in (1, *TRIED_ROWS))
 
@@ -159,9 +171,9 @@ def add_adapter_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: fl
 
 
 def _tiled(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, unit: int, most: int) -> Tensor:
-    """The product of rows, one or more, filled up to a multiple of `unit`, two at least, `most` at a time."""
+    """The product of rows, one or more, filled up to a multiple of `unit`, two at least unless `most` is one, `most` at a time."""
     rows = int(x.shape[0])
-    if rows == 1 and unit == 1:
+    if rows == unit == 1 < most:
         return _product(x.expand(2, -1), weight, bias, None if residual is None else residual.expand(2, -1))[:1]
     if missing := -rows % unit:
         x, residual = (y if y is None else F.pad(y, (0, 0, 0, missing)) for y in (x, residual))
@@ -179,9 +191,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
         return matmul(x, weight, bias, residual)
     if x.shape[0] == 0:
         return x.new_empty(0, int(weight.shape[0]))
+    threads = torch.get_num_threads()
     if (form := pack(weight)) is None:
-        return _tiled(x, weight, bias, residual, *TILINGS[0])  # at least no single row, which would take a matrix-vector routine
-    tiling = _tiling(form.dtype, torch.get_num_threads()) if form.is_mkldnn else TILINGS[0]
+        return _tiled(x, weight, bias, residual, *_plain_tiling(x.dtype, threads))
+    tiling = _tiling(form.dtype, threads) if form.is_mkldnn else TILINGS[0]
     if form.dtype == x.dtype:
         return _tiled(x, form, bias, residual, *tiling)
     wide = (y if y is None else y.to(form.dtype) for y in (bias, residual))

@@ -3,7 +3,7 @@
 It is the oracle of the tests, the path taken on a CPU, and the eager baseline of the benchmarks. Arguments are taken as
 valid; `ops` checks them.
 
-Row independence. On an x86 CPU under torch.inference_mode a row's result has the same bits however many rows stand beside it. Matrix products are
+Row independence. On a CPU under torch.inference_mode a row's result has the same bits however many rows stand beside it. Matrix products are
 those of `packed`. Attention is PyTorch's fused one, which takes keys in blocks of `KEY_BLOCK` columns, here by absolute index, to whole `KEY_CHUNK`s, and
 rows in tiles, here of the first of `HEAD_ROWS` with which rows are seen to be independent on this machine (with AVX-512 any number from 6; MKL's
 kernels with AVX2 take 6 rows at a time, and sum what is left over otherwise). Tests hold it, with AVX2 and AVX-512.
@@ -26,7 +26,7 @@ from mtp_kernels._sampling import gumbel, least_kept
 from mtp_kernels.types import AttentionRule, SamplerWeights, Sampling
 
 KEY_CHUNK, KEY_BLOCK = 256, 512
-HEAD_ROWS = ((6, 24), (24, 24), (12, 12), (6, 6))  # rows of heads in a tile, at least and at most
+HEAD_ROWS = ((6, 24), (24, 24), (12, 12), (6, 6), (1, 1))  # rows of heads in a tile, at least and at most; the last is right by itself
 TRIED_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 17, 18, 24, 25, 34, 48, 81)
 ROW_TILE = 128
 KEPT_SCORES = 2**25  # rows x keys x heads of a long pass up to which its tiles are kept for all layers
@@ -251,7 +251,7 @@ def _tiles(rule: AttentionRule) -> Iterator[tuple[slice, int, AttentionRule]]:
 @cache
 @packed.quietly
 def _head_rows(d: int, dtype: torch.dtype, threads: int) -> tuple[int, int]:
-    """The first of HEAD_ROWS with which rows are seen to be independent on this machine; if there is none, the first."""
+    """The first of HEAD_ROWS with which rows are seen to be independent on this machine, or the last."""
     most = 2 * KEY_BLOCK
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, n, d, generator=generator, dtype=dtype) for n in (TRIED_ROWS[-1], most, most))
@@ -269,7 +269,7 @@ def _head_rows(d: int, dtype: torch.dtype, threads: int) -> tuple[int, int]:
                 return False
         return True
 
-    return next(filter(independent, HEAD_ROWS), HEAD_ROWS[0])
+    return next(filter(independent, HEAD_ROWS), HEAD_ROWS[-1])
 
 
 def _head_tiles(rows: int, least: int, most: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtp_model.demo
-from mtp_kernels.packed import pack
+from mtp_kernels import packed
 from mtp_model import generate, load_adapter, load_model
 from mtp_model.demo import ABLATION, ADAPTER, BASE, HELD_OUT
 from mtp_model.demo.base import train_tokenizer, windows
@@ -54,9 +54,11 @@ def test_exact_on_held_out_prompts(demo, mode, k):
     assert result.stats.tokens_per_step > 1.2
 
 
-@pytest.mark.skipif(pack(torch.zeros(16, 16)) is None, reason="promised on a CPU with oneDNN")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_exact_in_16_bits_on_a_cpu(demo, dtype):
+@pytest.mark.parametrize("dtype, packs", [(torch.bfloat16, True), (torch.float16, True), (torch.bfloat16, False), (torch.float32, False)], ids=str)
+def test_exact_on_a_cpu(demo, dtype, packs, monkeypatch):
+    """In 16 bits as well, and with PyTorch's ordinary products."""
+    if not packs:
+        monkeypatch.setattr(packed, "_tiling", lambda dtype, threads: None)
     model, some = load_adapter(ADAPTER).apply(load_model(BASE, dtype=dtype)), demo[2][:3]
     expected = [generate(model, [prompt], mode="autoregressive", max_new_tokens=50).tokens[0] for prompt in some]
     for options in ({"mode": "linear", "k": 2}, {"mode": "quadratic", "k": 8}, {"mode": "quadratic", "k": 3, "static": False}):

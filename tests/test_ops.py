@@ -863,7 +863,7 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-needs_packed = pytest.mark.skipif(packed.pack(torch.zeros(16, 16)) is None, reason="row independence on a CPU is promised with oneDNN")
+needs_packed = pytest.mark.skipif(packed.pack(torch.zeros(16, 16)) is None, reason="PyTorch without oneDNN")
 PACKED_DTYPES = [dtype for dtype in (torch.float32, torch.float16, torch.bfloat16) if packed.pack(torch.zeros(16, 16, dtype=dtype)) is not None]
 
 
@@ -873,12 +873,10 @@ def parameter(values):
         return torch.nn.Parameter(torch.empty(values.shape, dtype=values.dtype).copy_(values))
 
 
-@needs_packed
-@pytest.mark.parametrize("k, n", [(64, 192), (256, 768), (768, 256), (48, 32), (64, 7), (2048, 256), (576, 3072), (1536, 576), (3000, 1001), (2048, 2048)])
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("dtype", PACKED_DTYPES)
-@torch.inference_mode()
-def test_linear_rows_are_independent(threads, k, n, residual, dtype):
+LINEAR_SHAPES = [(64, 192), (256, 768), (768, 256), (48, 32), (64, 7), (2048, 256), (576, 3072), (1536, 576), (3000, 1001), (2048, 2048)]
+
+
+def check_linear(k, n, residual, dtype):
     weight, bias = parameter(randn(n, k).to(dtype)), randn(n, seed=5).to(dtype)
     x, r = randn(300, k, seed=1).to(dtype), randn(300, n, seed=2).to(dtype)
     whole = gated_lora_linear(x, weight, bias=bias, residual=r if residual else None)
@@ -894,6 +892,24 @@ def test_linear_rows_are_independent(threads, k, n, residual, dtype):
     a, b = randn(4, k, seed=3).to(dtype), randn(n, 4, seed=4).to(dtype)
     gated = gated_lora_linear(x, weight, a, b, 17, bias=bias, residual=r if residual else None)
     assert torch.equal(gated[:17], whole[:17]) and not torch.equal(gated[17:], whole[17:])
+
+
+@needs_packed
+@pytest.mark.parametrize("k, n", LINEAR_SHAPES)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+@torch.inference_mode()
+def test_linear_rows_are_independent(threads, k, n, residual, dtype):
+    check_linear(k, n, residual, dtype)
+
+
+@pytest.mark.parametrize("k, n", [(64, 192), (64, 7), (2048, 256), (576, 3072)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_linear_rows_are_independent_without_packed_products(threads, k, n, dtype, monkeypatch):
+    monkeypatch.setattr(packed, "_tiling", lambda dtype, threads: None)
+    assert packed.pack(parameter(torch.zeros(16, 16, dtype=dtype))) is None
+    check_linear(k, n, n % 2 == 0, dtype)
 
 
 @needs_packed
@@ -950,17 +966,28 @@ def test_products_with_gradients_pack_nothing(monkeypatch):
 
 
 @torch.inference_mode()
-def test_without_a_packed_form_a_single_row_is_multiplied_as_two(monkeypatch):
-    shapes, matmul = [], packed.matmul
-    monkeypatch.setattr(packed, "pack", lambda weight: None)
-    monkeypatch.setattr(packed, "matmul", lambda x, *rest: shapes.append(x.shape) or matmul(x, *rest))
-    weight, x, residual = randn(8, 16), randn(3, 16, seed=1), randn(3, 8, seed=2)
-    whole = gated_lora_linear(x, weight, residual=residual)
-    torch.testing.assert_close(gated_lora_linear(x[:1], weight, residual=residual[:1]), whole[:1])
-    assert shapes == [(3, 16), (2, 16)]
+@pytest.mark.parametrize(
+    "tiling, of_three, of_one, of_nine",
+    [
+        ((1, 2**31), [3], [2], [9]),
+        ((6, 48), [6], [6], [12]),
+        ((8, 8), [8], [8], [8, 8]),
+        ((4, 4), [4], [4], [4, 4, 4]),
+        ((1, 1), [1, 1, 1], [1], [1] * 9),
+    ],
+)
+def test_numbers_of_rows(tiling, of_three, of_one, of_nine, monkeypatch):
+    matmul = packed.matmul
+    monkeypatch.setattr(packed, "_plain_tiling", lambda dtype, threads: tiling)
+    weight, bias, x, residual = randn(8, 16), randn(8, seed=3), randn(9, 16, seed=1), randn(9, 8, seed=2)  # inference tensors, which are not packed
+    for rows, expected in ((3, of_three), (1, of_one), (9, of_nine)):
+        taken = []
+        monkeypatch.setattr(packed, "matmul", lambda x, *rest, taken=taken: taken.append(len(x)) or matmul(x, *rest))
+        y = gated_lora_linear(x[:rows], weight, bias=bias, residual=residual[:rows])
+        torch.testing.assert_close(y, torch.addmm(residual, x, weight.t())[:rows] + bias)
+        assert taken == expected
 
 
-@needs_packed
 @pytest.mark.parametrize("d", [16, 64, 80, 96, 128])
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2), (8, 2)])
 @pytest.mark.parametrize("visible", [1, 16, 41, 256, 570])
@@ -980,7 +1007,6 @@ def test_attention_rows_are_independent(threads, d, heads, kv_heads, visible):
         assert torch.equal(run(rows, num_keys), whole[:rows]), (rows, num_keys)
 
 
-@needs_packed
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="a CPU without AVX2")
 def test_rows_are_independent_on_older_processors():
     """The tests of it once more, with the libraries' instructions limited to AVX2."""
