@@ -288,6 +288,9 @@ def rotary_write(
     column, of unit stride along D. start: (B,) integer: row t of sequence b goes to column start[b] + t. norm: (H + H_kv, D), for q's
     heads and k's, and eps: see `rotary_embedding`. Returns (T, B, H, D), contiguous; a rotated row has the bits that `rotary_embedding` gives it.
 
+    A number that is not finite, as float16 overflows to, is written as zero: a row that may not attend a column still multiplies it by a
+    probability of 0, and 0 * NaN is NaN.
+
     start is read where it lies, without waiting for the device, so that its values are not checked: the caller guarantees that
     0 <= start[b] and start[b] + T <= S. The Triton kernel leaves other columns' rows out, the reference raises IndexError past the end.
     Not differentiable. Raises ValueError for other shapes, dtypes, devices or strides, and for arguments that require gradients.

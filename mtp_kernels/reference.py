@@ -155,6 +155,7 @@ def rotary_write(
     (t, b, heads, _), kv_heads = _sizes(qkv), int(keys.shape[2])
     qk, v = qkv.split([heads - kv_heads, kv_heads], dim=2)
     q, k = rotary_embedding(qk, cos, sin, norm, eps).split([heads - 2 * kv_heads, kv_heads], dim=2)
+    k, v = (torch.nan_to_num(x, 0.0, 0.0, 0.0) for x in (k, v))
     column = start + torch.arange(t, device=qkv.device).unsqueeze(1)  # (T, B)
     if b == 1:
         keys.index_copy_(0, column.flatten(), k), values.index_copy_(0, column.flatten(), v)

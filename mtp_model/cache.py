@@ -24,7 +24,7 @@ class KVCache:
     def __init__(self, config: ModelConfig, batch: int, capacity: int, device=None, dtype: torch.dtype = torch.float32):
         columns = -(-capacity // ALIGNMENT) * ALIGNMENT
         # Stored by column, (S, B, H_kv, D), as a pass's rows come, so that writing them is one copy.
-        # Zeros, not empty memory: a column nobody may attend still enters a product with probability 0, and 0 * NaN is NaN.
+        # Zeros, not empty memory: a column that a row may not attend still enters a product with probability 0, and 0 * NaN is NaN.
         shape = (config.num_hidden_layers, columns, batch, config.num_key_value_heads, config.head_dim)
         self._keys, self._values = (list(torch.zeros(shape, device=device, dtype=dtype)) for _ in range(2))
         self.keys, self.values = ([x.permute(1, 2, 0, 3) for x in stored] for stored in (self._keys, self._values))
@@ -32,7 +32,8 @@ class KVCache:
         self.lengths = [0] * batch
 
     def update(self, layer: int, k: Tensor, v: Tensor, start: tuple[int, ...], keep: bool = True) -> tuple[Tensor, Tensor]:
-        """Put a pass's K/V, (T, B, H_kv, D) each, at columns start[b].. and return the layer's (B, H_kv, S, D) pair.
+        """Put a pass's K/V, (T, B, H_kv, D) each, at columns start[b].. and return the layer's (B, H_kv, S, D) pair. As with `rotary_write`, what
+        is not finite is kept as zero, so that a token that overflows float16 is nothing to rows that may not attend it.
 
         Rows that are not to be kept (masks alone, in training) or that require gradients are appended to a copy of the
         committed part instead, which must have the same length in every sequence.
@@ -43,13 +44,12 @@ class KVCache:
             return torch.cat([keys[:n], k]).permute(1, 2, 0, 3), torch.cat([values[:n], v]).permute(1, 2, 0, 3)
         if min(start) < 0 or max(start) + rows > self.capacity:
             raise ValueError(f"columns {min(start)} to {max(start) + rows - 1} are asked for; the cache has {self.capacity}, from 0")
-        if start.count(n) == len(start):
-            keys[n : n + rows] = k
-            values[n : n + rows] = v
-        else:
-            for b, n in enumerate(start):
-                keys[n : n + rows, b] = k[:, b]
-                values[n : n + rows, b] = v[:, b]
+        for stored, x in ((keys, k), (values, v)):
+            if start.count(n) == len(start):
+                torch.nan_to_num(x, 0.0, 0.0, 0.0, out=stored[n : n + rows])
+            else:
+                for b, first in enumerate(start):
+                    torch.nan_to_num(x[:, b], 0.0, 0.0, 0.0, out=stored[first : first + rows, b])
         return self.keys[layer], self.values[layer]
 
     def storage(self, layer: int) -> tuple[Tensor, Tensor]:

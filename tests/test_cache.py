@@ -35,6 +35,17 @@ def test_worked_example(right, committed, row):
     assert not cache.keys[1].any()
 
 
+@pytest.mark.parametrize("start", [(0, 0), (1, 0)])
+def test_what_is_not_finite_is_kept_as_zero(start):
+    cache = KVCache(CONFIG, 2, 4)
+    k, v = torch.ones(2, 2, 1, 4), torch.full((2, 2, 1, 4), 2.0)
+    k[0, 1], v[1, 0, 0, 2], v[1, 1, 0, 3] = torch.nan, torch.inf, -torch.inf
+    keys, values = cache.update(0, k, v, start)
+    for b, n in enumerate(start):
+        for stored, x in ((keys, k), (values, v)):
+            assert torch.equal(stored[b, 0, n : n + 2], torch.where(x.isfinite(), x, 0)[:, b, 0]) and not stored[b, 0, n + 2 :].any()
+
+
 def test_different_starts():
     cache = KVCache(CONFIG, 2, 6)
     rows = named(1, 2).expand(-1, 2, -1, -1) * torch.tensor([1.0, 10.0]).view(1, 2, 1, 1)

@@ -42,6 +42,23 @@ def cut(tokens, eos):
     return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_token_that_overflows_is_nothing_to_other_texts(toy_adapter_model, mode, static):
+    """Neither as a draft nor in a text decoded before."""
+    model = toy_adapter_model(k=4, vocab_size=64).half()
+    with torch.no_grad():
+        model.embed[63] = 65000
+        model.layers[0].down_proj.weight.mul_(300)
+    rng = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 63, (8,), generator=rng).tolist() for _ in range(16)]
+    expected = [generate(model, [p], mode="autoregressive", max_new_tokens=NEW, static=False).tokens for p in prompts]
+    poison = generate(model, [[1, 2] + [63] * 20], mode=mode, max_new_tokens=NEW, static=static)
+    assert [generate(model, [p], mode=mode, max_new_tokens=NEW, static=static).tokens for p in prompts] == expected
+    assert generate(model, [[1, 2] + [63] * 20], mode=mode, max_new_tokens=NEW, static=static).tokens == poison.tokens
+    assert sum(63 not in text for (text,) in expected) > 2
+
+
 @pytest.mark.parametrize("use_sampler", [True, False])
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("k", [1, 2, 3, 8])

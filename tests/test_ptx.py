@@ -487,6 +487,10 @@ def test_comparisons_with_what_is_not_a_number(compare, results):
     for dtype, kind in ((torch.float32, "f32"), (torch.float16, "f16"), (torch.bfloat16, "bf16"), (torch.float64, "f64")):
         code = f"setp.{compare}.{kind} %p1, %a, %b; selp.b32 %o, 1, 0, %p1;"
         assert compute(code, torch.int32, a.to(dtype), b.to(dtype)).tolist() == results, kind
+    for dtype, kind in ((torch.float16, "f16x2"), (torch.bfloat16, "bf16x2")):
+        x, y = (torch.stack([halves, halves.roll(1)], 1).to(dtype).view(torch.int32).flatten() for halves in (a, b))
+        code = f"setp.{compare}.{kind} %p1|%p2, %a, %b; selp.b32 %o, 1, 0, %p1; @%p2 add.s32 %o, %o, 2;"
+        assert compute(code, torch.int32, x, y).tolist() == [one + 2 * other for one, other in zip(results, [results[-1], *results[:-1]], strict=True)], kind
 
 
 def test_comparisons():

@@ -64,6 +64,22 @@ def test_bits_and_places(t, heads, kv_heads, d, start, normed, dtype, device):
         torch.testing.assert_close(one, other, rtol=4 * torch.finfo(dtype).eps, atol=(32 if normed else 8) * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_is_written_as_zero(implementation, dtype, device):
+    largest = torch.finfo(dtype).max
+    qkv = torch.randn(2, 1, 5, 16, device=device).to(dtype)
+    qkv[0, 0, 2:, 3], qkv[0, 0, 3:, 5], qkv[1, 0, 3:, 6], qkv[1, 0, 4, 7] = torch.nan, torch.inf, -torch.inf, -largest
+    qkv[1, 0, 3, 1::8] = largest  # which is too much once rotated
+    cos, sin = (torch.full((2, 1, 16), value, dtype=dtype, device=device) for value in (0.75, 0.75))
+    rotated = rotary_embedding(qkv[:, :, :4], cos, sin, implementation=implementation)
+    keys, values = torch.ones(2, 2, 1, 1, 16, dtype=dtype, device=device)
+    q = rotary_write(qkv, cos, sin, keys, values, torch.tensor([0], device=device), implementation=implementation)
+    assert torch.equal(q.isfinite(), rotated[:, :, :3].isfinite()) and not q.isfinite().all() and not rotated[1, 0, 3, [1, 9]].isfinite().any()
+    for stored, computed in ((keys, rotated[:, :, 3:]), (values, qkv[:, :, 4:])):
+        assert torch.equal(stored, torch.where(computed.isfinite(), computed, 0)) and torch.equal(stored == 0, ~computed.isfinite())
+
+
 def test_columns_that_do_not_exist_are_not_written(device):
     qkv, (cos, sin) = guarded_randn((3, 4, 4, 16), torch.float32, device), tables(3, 4, 16, torch.float32, device)
     keys, values, untouched = caches(6, 4, 1, 16, torch.float32, device)

@@ -16,7 +16,7 @@ other round them. Backward, with g = w times the gradient above:
 The sum of squares is taken in float64, where those of 16-bit numbers are exact: the kernels below, whose tiles may differ, agree.
 
 `rotary_write` rotates the q and k heads of a fused projection's result, and puts k and v into the cache where a number on the device says:
-one launch instead of the rotation, a copy and a transfer of that number.
+one launch instead of the rotation, a copy and a transfer of that number. What is not finite is written as zero.
 """
 
 import torch
@@ -74,6 +74,11 @@ def _normalised(x1, x2, norm_ptr, eps, h, d, inside, dtype: tl.constexpr, HALF: 
     y1 = (x1 * r).to(dtype).to(tl.float32) * w1
     y2 = (x2 * r).to(dtype).to(tl.float32) * w2
     return y1.to(dtype).to(tl.float32), y2.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _finite(x):
+    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0)
 
 
 @triton.jit
@@ -141,12 +146,12 @@ def rotary_write_kernel(
     written = inside & (h >= H) & (column >= 0) & (column < S)
     is_k = written & (h < H + H_KV)
     k_ptrs = keys_ptr + column * keys_stride_s + b * keys_stride_b + (h - H) * keys_stride_h + d
-    tl.store(k_ptrs, y1, mask=is_k)
-    tl.store(k_ptrs + HALF, y2, mask=is_k)
+    tl.store(k_ptrs, _finite(y1), mask=is_k)
+    tl.store(k_ptrs + HALF, _finite(y2), mask=is_k)
     is_v = written & (h >= H + H_KV)
     v_ptrs = values_ptr + column * values_stride_s + b * values_stride_b + (h - H - H_KV) * values_stride_h + d
-    tl.store(v_ptrs, x1, mask=is_v)
-    tl.store(v_ptrs + HALF, x2, mask=is_v)
+    tl.store(v_ptrs, _finite(x1), mask=is_v)
+    tl.store(v_ptrs + HALF, _finite(x2), mask=is_v)
 
 
 def _by_head(x: Tensor) -> Tensor:

@@ -218,28 +218,37 @@ class Machine(Matrices):
 
     def make_setp(self, op, operands):
         kind, compare, joined = op[-1], op[1], op[2] in ("and", "or", "xor")
-        if len(operands) != 3 + joined or kind.endswith("x2"):
-            raise ValueError("only one comparison is known")
-        a, b = (self.source(o, kind) for o in operands[1:3])
-        put = self.sink(operands[0], "pred")
+        packed = kind.endswith("x2")  # two halves, and a predicate for each
+        if len(operands) != 3 + joined + packed or packed and joined:
+            raise ValueError("only one comparison is known, or two of halves")
+        *targets, first, second = operands[: 3 + packed]
+        a, b, puts = self.source(first, kind), self.source(second, kind), [self.sink(target, "pred") for target in targets]
+        scalar = kind.removesuffix("x2")
 
-        def numbers():
-            x, y = a(), b()
-            return (from_bfloat16(np.asarray(x)), from_bfloat16(np.asarray(y))) if kind == "bf16" else (x, y)
+        def numbers(half=0):
+            x, y = ((np.asarray(x) >> np.uint32(16 * half)).astype(np.uint16).view(DTYPE[scalar]) if packed else x for x in (a(), b()))
+            return (from_bfloat16(np.asarray(x)), from_bfloat16(np.asarray(y))) if scalar == "bf16" else (x, y)
 
         if compare in ("num", "nan"):
             test = lambda x, y: (np.isnan(x) | np.isnan(y)) == (compare == "nan")  # noqa: E731
         elif compare not in COMPARE:
             ordered = COMPARE[compare.removesuffix("u")]
             test = lambda x, y: np.isnan(x) | np.isnan(y) | ordered(x, y)  # noqa: E731
-        elif compare == "ne" and (kind[0] == "f" or kind == "bf16"):
+        elif compare == "ne" and (scalar[0] == "f" or scalar == "bf16"):
             test = lambda x, y: ~(np.isnan(x) | np.isnan(y)) & (x != y)  # noqa: E731
         else:
             test = COMPARE[compare]
         if joined:
             third, join = self.source(operands[3], "pred"), {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[op[2]]
-            return lambda mask: put(join(test(*numbers()), third()), mask)
-        return lambda mask: put(test(*numbers()), mask)
+            return lambda mask: puts[0](join(test(*numbers()), third()), mask)
+        if packed:
+
+            def both(mask):
+                for put, found in zip(puts, [test(*numbers(half)) for half in (0, 1)], strict=True):
+                    put(found, mask)
+
+            return both
+        return lambda mask: puts[0](test(*numbers()), mask)
 
     def make_selp(self, op, operands):
         a, b, c = (*(self.source(o, op[-1]) for o in operands[1:3]), self.source(operands[3], "pred"))
