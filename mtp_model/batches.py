@@ -17,7 +17,7 @@ def pack(lengths: np.ndarray, limit: int, seed: int) -> tuple[np.ndarray, np.nda
     drawn from `seed`. Raises ValueError for an example longer than `limit`.
     """
     if lengths.max() > limit:
-        raise ValueError(f"example {lengths.argmax()} has {lengths.max()} tokens; accepted are {limit} (pack_length) or fewer")
+        raise ValueError(f"example {lengths.argmax()} has {lengths.max()} tokens; accepted are {limit} (pack_length) or fewer: max_length cuts longer ones")
     order = np.random.default_rng([seed, 0, 1]).permutation(len(lengths))  # [seed, epoch] draws the epochs' orders
     order = order[np.argsort(-lengths[order], kind="stable")]
     # Sequences by the room that is left in them, and the rooms that occur as the bits of one integer: its lowest bit from `length`

@@ -135,7 +135,7 @@ def read_examples(
     """Read JSON lines and .parquet files. A sequence longer than `max_length` tokens is cut into several that are not.
 
     Pieces without a place for masks are dropped (see `has_anchor`; an answer of one token has none), and how many is reported on standard
-    error, as is how many answers are cut from their prompt. skip_broken: leave out lines that cannot be read, report them on standard
+    error, as is how many sequences are cut, and how many answers from their prompt. skip_broken: leave out lines that cannot be read, report them on standard
     error (the first ten and how many) and in `skipped`. store: a directory for the tokens, so that memory does not grow with
     them; a later call with the same sources (names, sizes, times) and settings opens it without reading, any other writes it anew,
     and it counts only once it is whole. One process at a time may write it. progress: a bar over the bytes of the sources.
@@ -151,7 +151,7 @@ def read_examples(
             raise ValueError(f"{path} is not a file")
 
     def fill(sink: _Sink) -> list[str]:
-        skipped, dropped, parted = [], 0, 0
+        skipped, dropped, cut, parted = [], 0, 0, 0
         with tqdm(total=sum(p.stat().st_size for p in paths), desc="read", unit="B", unit_scale=True, disable=not progress) as bar:
             for path in paths:
                 for where, row, size in read_rows(path):
@@ -174,10 +174,12 @@ def read_examples(
                                 sink.add(piece)
                             else:
                                 dropped += 1
+                        cut += len(example.ids) > max_length
                         parted += len(example.ids) > max_length and not example.answer[:max_length].any()
         for count, what in (
             (len(skipped), "broken lines left out"),
             (dropped, "pieces left out, with no answer of two tokens or more"),
+            (cut, f"sequences of more than {max_length} tokens (max_length) cut, the later pieces without what stands before them"),
             (parted, f"prompts fill the {max_length} tokens of a sequence (max_length): their answers are trained on without them"),
         ):
             if count:
@@ -193,7 +195,7 @@ def read_examples(
     if store.exists() and not store.is_dir():
         raise ValueError(f"store is {store}, which is not a directory; accepted is a directory, or the name of a new one")
     made_of = {
-        "format": 2, "sources": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in paths], "tokenizer": _identity(tokenizer),
+        "format": 3, "sources": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in paths], "tokenizer": _identity(tokenizer),
         "max_length": max_length, "vocab_size": vocab_size, "eos": eos, "skip_broken": skip_broken,
     }  # fmt: skip
     found = _open_store(store, made_of)

@@ -9,10 +9,15 @@ Each line (parquet: row) is one of
 
 Messages go through the tokenizer's chat template; a content may be a list of {"type": "text", "text": "..."}. Where the template writes
 earlier answers otherwise once a turn follows, as Qwen 3's does without their thoughts, the conversation up to each such answer is a
-sequence of its own, for so the model reads it when it answers. Other keys are ignored. End-of-text is appended to responses and
-texts. Files are read one line at a time.
+sequence of its own, for so the model reads it when it answers. Of several of these forms in one record the first of
+
+    {"prompt_ids", "response_ids"}, {"prompt", "response"}, {"text"}, {"messages"}, a bare "prompt_ids", a bare "prompt"
+
+counts, as training data and as a prompt; the last two are prompts alone. Other keys and nulls are ignored. End-of-text is appended to
+responses and texts that do not end with it. Files are read one line at a time.
 """
 
+import codecs
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -35,7 +40,30 @@ def _plain(message: dict) -> dict:
 def _encode(tokenizer, text, special: bool = False) -> list[int]:
     if not isinstance(text, str):
         raise ValueError(f"found a {type(text).__name__} where text is expected")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair
+        raise ValueError(f"found text that is not Unicode: {error}") from None
     return tokenizer(text, add_special_tokens=special)["input_ids"]
+
+
+def _encode_parts(tokenizer, texts: Iterable[str], special: bool = False) -> list[list[int]]:
+    """The tokens of texts that follow one another, each begun as the tokenizer ends what stands before it; so the first ones are those of a
+    prompt by itself, and the last ones what follows it in the whole (some tokenizers begin every text that they are given with a space). A text
+    whose first token would reach back into the one before is tokenized as at the beginning of a line."""
+    parts, before, ids = [], "", []
+    for text in texts:
+        whole = _encode(tokenizer, before + text if isinstance(text, str) else text, special)
+        if whole[: len(ids)] == ids:
+            parts.append(whole[len(ids) :])
+            before, ids = before + text, whole
+        else:
+            special, line = False, _encode(tokenizer, "\n")
+            before, ids = "\n" + text, _encode(tokenizer, "\n" + text)
+            if ids[: len(line)] != line:  # it begins with spaces
+                before, line, ids = text, [], _encode(tokenizer, text)
+            parts.append(ids[len(line) :])
+    return parts
 
 
 def _chat(record: dict, tokenizer):
@@ -63,47 +91,62 @@ def _ids(record: dict, name: str) -> list[int]:
     return record[name]
 
 
+def _form(record: dict) -> str | None:
+    """Which of the forms counts: the key of its prompt."""
+    for keys in (("prompt_ids", "response_ids"), ("prompt", "response"), ("text",), ("messages",)):
+        if all(key in record for key in keys):
+            return keys[0]
+    return None
+
+
 def encode_sequences(record: dict, tokenizer, end: list[int]) -> list[list[tuple[list[int], bool]]]:
     """A record as sequences, mostly one, of (ids, is_answer) pieces in order."""
-    if "prompt_ids" in record and "response_ids" in record:
+
+    def ended(ids: list[int]) -> list[int]:
+        return ids if ids[-1:] == end else ids + end
+
+    form = _form(record)
+    if form == "prompt_ids":
         return [[(_ids(record, "prompt_ids"), False), (_ids(record, "response_ids"), True)]]
-    if "prompt" in record and "response" in record:
-        return [[(_encode(tokenizer, record["prompt"], special=True), False), (_encode(tokenizer, record["response"]) + end, True)]]
-    if "text" in record:
-        return [[(_encode(tokenizer, record["text"], special=True) + end, True)]]
-    if "messages" in record:
+    if form == "prompt":
+        prompt, response = _encode_parts(tokenizer, (record["prompt"], record["response"]), special=True)
+        return [[(prompt, False), (ended(response), True)]]
+    if form == "text":
+        return [[(ended(_encode(tokenizer, record["text"], special=True)), True)]]
+    if form == "messages":
         messages, render = _chat(record, tokenizer)
         sequences, done = [[]], ""
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or i == 0:  # an assistant's greeting answers nothing
                 continue
             before, after = render(messages[:i], add_generation_prompt=True), render(messages[: i + 1])
             if not after.startswith(before):
-                raise ValueError("the chat template rewrites earlier turns, so answers cannot be told from prompts")
+                raise ValueError("the chat template does not write an answer behind the opening that it gives of one, so the two cannot be told apart")
             if not before.startswith(done):  # the answers so far are written otherwise from here on
                 sequences, done = [*sequences, []], ""
-            sequences[-1] += [(_encode(tokenizer, before[len(done) :]), False), (_encode(tokenizer, after[len(before) :]), True)]
+            sequences[-1] += [before[len(done) :], after[len(before) :]]
             done = after
         if not sequences[0]:
-            raise ValueError('"messages" has no assistant turn')
-        return sequences
+            raise ValueError('"messages" has no assistant turn that answers another')
+        return [[(ids, i % 2 == 1) for i, ids in enumerate(_encode_parts(tokenizer, texts))] for texts in sequences]
     raise ValueError(f"found keys {sorted(record)}; accepted are {FORMS}")
 
 
 def encode_prompt(record: dict, tokenizer, text_tokens: int) -> list[int]:
-    """The token ids of a record's prompt; an answer beside it is not looked at.
+    """The token ids of a record's prompt, of the form that training takes where it has one; an answer beside it is not looked at.
 
     Of {"messages"} all of them, without an assistant turn at the end, with the chat template's opening of an answer; of {"text"} the
     first `text_tokens` tokens. Raises ValueError for anything else.
     """
     try:
-        if "prompt_ids" in record:
+        form = _form(record) or next((key for key in ("prompt_ids", "prompt") if key in record), None)
+        if form == "prompt_ids":
             return _ids(record, "prompt_ids")
-        if "prompt" in record:
+        if form == "prompt":
             return _encode(tokenizer, record["prompt"], special=True)
-        if "text" in record:
+        if form == "text":
             return _encode(tokenizer, record["text"], special=True)[:text_tokens]
-        if "messages" in record:
+        if form == "messages":
             messages, render = _chat(record, tokenizer)
             if messages and messages[-1]["role"] == "assistant":
                 messages = messages[:-1]
@@ -115,10 +158,10 @@ def encode_prompt(record: dict, tokenizer, text_tokens: int) -> list[int]:
 
 def read_rows(path: Path) -> Iterator[tuple[str, bytes | dict, float]]:
     """What a file holds, in order: where it stands, a line as it is or a row as a record, and how many bytes of the file it took."""
-    if path.suffix != ".parquet":
+    if path.suffix.lower() != ".parquet":
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
-                yield f"{path}, line {number}", line, len(line)
+                yield f"{path}, line {number}", line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, len(line)
         return
     try:
         from pyarrow import ArrowException, parquet
@@ -134,13 +177,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, bytes | dict, float]]:
             share = path.stat().st_size / max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=256, columns=[name for name in names if name in KEYS]):
                 for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020 (counts on from batch to batch)
-                    yield f"{path}, row {number}", present(row), share
+                    yield f"{path}, row {number}", row, share
     except (ArrowException, OSError) as error:
         raise ValueError(f"{path}, after row {number}: {error}") from None
 
 
 def present(row: dict) -> dict:
-    """A row without its nulls: a column that another form of record needs, or a key that only some messages have."""
+    """A record without its nulls: a column that another form of record needs, or a key that only some messages have."""
     row = {name: value for name, value in row.items() if value is not None}
     if isinstance(row.get("messages"), list):
         row["messages"] = [
@@ -154,7 +197,7 @@ def parse(row: bytes | dict) -> dict:
     record = json.loads(row.decode()) if isinstance(row, bytes) else row
     if not isinstance(record, dict):
         raise ValueError(f"found a {type(record).__name__}; accepted are {FORMS}")
-    return record
+    return present(record)
 
 
 def records(path: Path) -> Iterator[tuple[str, dict]]:

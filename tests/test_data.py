@@ -81,17 +81,88 @@ def test_forms(read):
     assert all(e.ids.dtype == np.int32 and e.answer.dtype == bool for e in examples)
 
 
+def test_the_first_form_of_a_record_counts_everywhere(read, tokenizer):
+    """As training data and as a prompt."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
+    forms = {"prompt_ids": [5, 6], "response_ids": [7, 8]}, {"prompt": "d e", "response": "c c"}, {"text": "e d c"}, {"messages": chat}
+    expected = [("a b C D", "a b"), ("<s> d e C C </S>", "<s> d e"), ("<S> E D C </S>", "<s> e d"), ("<user> a <bot> B C </S>", "<user> a <bot>")]
+    for first, (whole, prompt) in enumerate(expected):
+        record = {key: value for form in forms[first:] for key, value in form.items()}
+        for bare in ({}, {"prompt": "e e"} if first > 1 else {}, {"prompt_ids": [9]} if first > 0 else {}, {"text": None} if first == 3 else {}):
+            assert [marked(e) for e in read(bare | record)] == [whole]
+            assert [WORDS[i] for i in encode_prompt(present(bare | record), tokenizer, 3)] == prompt.split()
+
+
+def test_an_answer_that_has_its_end_is_not_ended_twice(read):
+    examples = read({"prompt": "a", "response": "b c </s>"}, {"text": "d e </s>"})
+    assert [marked(e) for e in examples] == ["<s> a B C </S>", "<S> D E </S>"]
+
+
+def test_a_greeting_is_no_answer(read):
+    chat = [{"role": "assistant", "content": "e"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
+    assert [marked(e) for e in read({"messages": chat})] == ["<bot> e </s> <user> a <bot> B C </S>"]
+    with pytest.raises(ValueError, match="no assistant turn that answers another"):
+        read({"messages": chat[:2]})
+
+
+def test_a_byte_order_mark_is_none_of_the_text(read):
+    assert [marked(e) for e in read(b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), GOOD)] == ["<S> A B C </S>"] * 2
+
+
+SPACES = ["<unk>", "<s>", "</s>", "\u2581the", "\u2581", "the", "text", "\u2581text", ":", "(", "(the", ")", "\n", "<|", "|>", "\u2581<|", "\u2581("]
+
+
+def sentencepiece(prepend_scheme):
+    """A tokenizer with a mark for spaces, one of which it puts before what it is given."""
+    model = models.Unigram([(word, -1.0 - 0.01 * i) for i, word in enumerate(SPACES)], unk_id=0)
+    words = Tokenizer(model)
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme, split=False)
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    template = "{% for m in messages %}<|{{ m['content'] }}|>{% endfor %}{% if add_generation_prompt %}<|{% endif %}"
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", chat_template=template)
+
+
+@pytest.mark.parametrize("prepend_scheme", ["always", "first", "never"])
+@pytest.mark.parametrize("prompt, response", [("the text:", " the text"), ("the text\n", "text the"), ("the(", "the)"), ("the", "text")])
+def test_tokens_are_those_of_the_whole(read, prepend_scheme, prompt, response):
+    """And the prompt's are those of it alone, by which `generate` is prompted."""
+    tokenizer = sentencepiece(prepend_scheme)
+    prompted = encode_prompt({"prompt": prompt}, tokenizer, 9)
+    (example,) = read({"prompt": prompt, "response": response}, tokenizer=tokenizer, vocab_size=len(SPACES))
+    ids, n = example.ids.tolist(), len(prompted)
+    assert ids[:n] == prompted and example.answer.tolist() == [False] * n + [True] * (len(ids) - n) and ids[-1] == 2
+    joined = "".join(SPACES[i] for i in ids[1:-1]).replace("\u2581", " ")
+    assert joined.removeprefix("" if prepend_scheme == "never" else " ") == prompt + response
+    if prompt != "the(":  # there the whole has a token of both
+        assert ids[:-1] == tokenizer(prompt + response)["input_ids"]
+
+
+@pytest.mark.parametrize("prepend_scheme", ["always", "first", "never"])
+def test_a_chats_tokens_are_those_of_the_whole(read, prepend_scheme):
+    tokenizer = sentencepiece(prepend_scheme)
+    chat = [{"role": role, "content": content} for role, content in (("user", "the"), ("assistant", "the text"), ("user", "text"), ("assistant", "text the"))]
+    (example,) = read({"messages": chat}, tokenizer=tokenizer, vocab_size=len(SPACES))
+    whole = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"]
+    assert example.ids.tolist() == whole
+    answers = "".join(SPACES[i] for i in example.ids[example.answer]).replace("\u2581", " ")
+    assert answers == "the text|>text the|>"
+    for i in (1, 3):
+        prompt = encode_prompt({"messages": chat[: i + 1]}, tokenizer, 9)
+        assert whole[: len(prompt)] == prompt
+
+
 def test_without_end_of_text(read):
     examples = read({"prompt": "a", "response": "b c"}, {"text": "d e"}, eos=None)
     assert [marked(e) for e in examples] == ["<s> a B C", "<S> D E"]
 
 
-def test_long_sequences_are_cut(read):
+def test_long_sequences_are_cut(read, capsys):
     ids = list(range(5, 10)) * 4
     examples = read({"prompt_ids": ids[:7], "response_ids": ids[7:]}, max_length=6)
     # The first piece is prompt alone, and the last one too short for a mask to have a label.
     assert [e.ids.tolist() for e in examples] == [ids[6:12], ids[12:18]]
     assert [e.answer.tolist() for e in examples] == [[False] + [True] * 5, [True] * 6]
+    assert "1 sequences of more than 6 tokens (max_length) cut" in capsys.readouterr().err
     whole = read({"prompt_ids": ids[:7], "response_ids": ids[7:]}, max_length=20)
     assert [e.ids.tolist() for e in whole] == [ids]
 
@@ -116,8 +187,8 @@ GOOD = {"text": "a b c"}
         ({"prompt": "a"}, "found keys"),
         ({"prompt_ids": [5]}, "found keys"),
         ({"text": 5}, "found a int where text"),
-        (b'{"text": "\\ud800"}', "TextEncodeInput"),
-        ({"prompt": "a", "response": None}, "found a NoneType"),
+        (b'{"text": "\\ud800"}', "not Unicode"),
+        ({"prompt": "a", "response": None}, "found keys"),
         ({"prompt_ids": [5], "response_ids": [6, 10]}, "vocabulary has 10"),
         ({"prompt_ids": [5, -1], "response_ids": [6, 7]}, "token ids are -1 to 7; .*vocabulary has 10"),
         ({"prompt_ids": [5], "response_ids": [2**40]}, ""),
@@ -142,7 +213,7 @@ def test_chat_templates_that_cannot_serve(read):
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     with pytest.raises(ValueError, match="line 1: .*no chat template"):
         read(chat, tokenizer=make_tokenizer(None))
-    with pytest.raises(ValueError, match="line 1: .*rewrites"):
+    with pytest.raises(ValueError, match="line 1: .*cannot be told apart"):
         read(chat, tokenizer=make_tokenizer(REWRITING))
     with pytest.raises(ValueError, match="data.jsonl, line 1: .*roles must alternate"):
         read(chat, tokenizer=make_tokenizer(REFUSING))
@@ -229,7 +300,7 @@ def test_prompts(record, text, tokenizer):
 @pytest.mark.parametrize(
     "record, word",
     [({"prompt": 3}, "found a int"), ({"prompt_ids": ["5"]}, "not a list of token ids"), ({"response": "a"}, "found keys"),
-     ({"messages": [{}]}, "must be a list"), ({"text": "\ud800"}, "TextEncodeInput")],
+     ({"messages": [{}]}, "must be a list"), ({"text": "\ud800"}, "not Unicode")],
 )  # fmt: skip
 def test_prompts_that_are_none(record, word, tokenizer):
     with pytest.raises(ValueError, match=word):
@@ -336,7 +407,7 @@ def test_store_is_opened_without_reading(read, tmp_path, monkeypatch):
 
     first = read(*RECORDS, tokenizer=tokenizer, store=store)
     calls = tokenizer.calls
-    assert calls == 3
+    assert calls == 5
     tokenizer.inner("a b c", truncation=True, max_length=2)  # a call's own settings are none of the tokenizer's identity
     second = again()
     assert tokenizer.calls == calls and listed(second) == listed(first) and second.fingerprint == first.fingerprint
@@ -345,12 +416,12 @@ def test_store_is_opened_without_reading(read, tmp_path, monkeypatch):
         again()
         calls = tokenizer.calls
         assert listed(again(**{name: value})) == listed(again(**{name: value, "store": None}))
-        assert tokenizer.calls == calls + 6, name
+        assert tokenizer.calls == calls + 10, name
     again()
     for changed in (make_tokenizer(TEMPLATE + " "), make_tokenizer(vocabulary=WORDS[::-1])):
         changed = Counting(changed)
         again(changed)
-        assert changed.calls == 3
+        assert changed.calls == 5
     again()
     assert listed(first) == listed(again())  # what was mapped before is not written over
     path.write_text(json.dumps({"text": "e e e"}) + "\n")
@@ -392,7 +463,7 @@ def test_interrupted_write_leaves_no_store(read, tmp_path, monkeypatch, renamed)
     assert not (store / "store.json").exists()
     tokenizer = Counting(make_tokenizer())
     assert listed(read(*RECORDS, tokenizer=tokenizer, store=store)) == listed(read(*RECORDS))
-    assert tokenizer.calls == 3
+    assert tokenizer.calls == 5
 
 
 def test_store_stays_when_reading_fails(read, tmp_path):
@@ -405,7 +476,7 @@ def test_store_stays_when_reading_fails(read, tmp_path):
     assert sorted(p.name for p in store.iterdir()) == files
     path.write_bytes(source)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert listed(read_examples([path], tokenizer, max_length=50, vocab_size=10, eos=2, store=store)) == whole and tokenizer.calls == 3
+    assert listed(read_examples([path], tokenizer, max_length=50, vocab_size=10, eos=2, store=store)) == whole and tokenizer.calls == 5
 
 
 @pytest.mark.parametrize("name, content", [("tokens.bin", b""), ("tokens.bin", b"1234"), ("answers.bin", b"1"), ("offsets.npy", b"x"), ("store.json", b"{")])
@@ -476,8 +547,8 @@ def test_parquet_holds_the_same_forms(read_rows, read, tmp_path):
     assert [marked(e) for e in read_rows([{"messages": PARTS}])] == ["<user> a b <bot> C D </S>"]
 
 
-def test_null_is_absent_in_rows():
-    """So that a template's `'tools' in message` says of a row what it says of a line."""
+def test_null_is_absent():
+    """So that a template's `'tools' in message` says of one what it says of the other."""
     message = {"role": "user", "content": None, "tools": None}
     assert present({"text": None, "messages": [message, 5]}) == {"messages": [{"role": "user", "content": None}, 5]}
 
@@ -501,9 +572,9 @@ def test_parquet_is_read_in_parts(tmp_path):
 
     ids = pyarrow.ListArray.from_arrays(np.arange(0, 2_000_001, 1000, dtype=np.int32), np.arange(2_000_000) % 1000)
     table = pyarrow.table({"prompt_ids": ids, "response_ids": ids, "other": ids})
-    parquet.write_table(table, tmp_path / "x.parquet", compression="none", use_dictionary=False)
+    parquet.write_table(table, tmp_path / "x.PARQUET", compression="none", use_dictionary=False)
     del table, ids
-    before, rows = pyarrow.total_allocated_bytes(), files.read_rows(tmp_path / "x.parquet")
+    before, rows = pyarrow.total_allocated_bytes(), files.read_rows(tmp_path / "x.PARQUET")
     where, row, _ = next(rows)
     assert where.endswith("row 1") and row == {"prompt_ids": list(range(1000)), "response_ids": list(range(1000))}
     assert pyarrow.total_allocated_bytes() - before < 16_000_000

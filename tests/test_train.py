@@ -306,6 +306,44 @@ def test_held_out_evaluation(model, tmp_path):
         Evaluation((), 5)
 
 
+@pytest.mark.parametrize("at", [5, 12])
+def test_an_interrupted_evaluation_is_made_anew(model, tmp_path, monkeypatch, at):
+    def made(name, **options):
+        evaluation = Evaluation(((1, 2, 3), (4, 0), (5, 5, 1)), every=5, max_new_tokens=8, batch=2)
+        return Trainer(model, examples(), MTP, settings(), tmp_path / name, evaluation=evaluation, **options)
+
+    assert made("whole").run()
+    run = made("parts")
+
+    def interrupted(*args, **options):
+        if run.step == at:
+            signal.raise_signal(signal.SIGINT)
+        return generate(*args, **options)
+
+    monkeypatch.setattr(watch, "generate", interrupted)
+    assert not run.run() and run.step == steps_done(tmp_path / "parts") == at and model.training == run.model.training
+    assert at not in [record["step"] for record in log_of(tmp_path / "parts") if "evaluation" in record]
+    monkeypatch.undo()
+    assert made("parts", resume=True).run()
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole") and same_adapter(tmp_path / "parts", tmp_path / "whole")
+    resumed = Trainer(model, examples(), MTP, settings(), tmp_path / "parts", resume=True)
+    assert resumed.run() and not resumed.unevaluated
+
+
+@pytest.mark.skipif(trainer.fcntl is None, reason="a system without these locks")
+def test_one_run_in_a_directory_at_a_time(model, tmp_path):
+    run = Trainer(model, examples(), MTP, settings(), tmp_path)
+    first = [run.train_step() for _ in range(2)]
+    run.save()
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*first, {"step": 3}]))
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = Trainer(model, examples(), MTP, settings(), tmp_path, resume=True)
+    with trainer._alone(tmp_path), pytest.raises(ValueError, match="another process"):
+        other.run()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+    assert other.run() and [record["step"] for record in log_of(tmp_path)] == list(range(1, 13))
+
+
 def test_an_evaluation_decodes_as_asked_and_leaves_the_model_as_it_was(toy_adapter_model, monkeypatch):
     model, seen = toy_adapter_model(k=2), []
     monkeypatch.setattr(watch, "generate", lambda model, prompts, **options: seen.append((model.training, options)) or generate(model, prompts, **options))
@@ -413,9 +451,10 @@ def test_shares_of_passes_without_the_later_masks(model, tmp_path):
 
 
 def test_signals_are_the_callers_again(model, tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = [signal.getsignal(number) for number in numbers]
     assert Trainer(model, examples(), MTP, settings(steps=1), tmp_path).run()
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_accumulation(model, tmp_path):
@@ -507,7 +546,7 @@ def command_line(tmp_path_factory):
     return place, arguments
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_killed_and_resumed(command_line, tmp_path, number):
     place, arguments = command_line
     out = tmp_path / "run"

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="JSON lines (or .parquet) files")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="directory to write")
     parser.add_argument("--resume", action="store_true", help="continue the run in OUT, if it holds one; its settings must be the same")
-    parser.add_argument("--max-length", type=int, help="longer sequences are cut into several (default 1024, or what the model was made for)")
+    parser.add_argument("--max-length", type=int, help="longer sequences are cut into several (default --pack-length or 1024, at most what the model has)")
     parser.add_argument("--store", type=Path, metavar="DIR", help="keep the tokens in this directory instead of in memory")
     parser.add_argument("--skip-broken", action="store_true", help="leave out lines that cannot be read, and report them")
     adapter = parser.add_argument_group("the adapter")
@@ -107,7 +107,7 @@ def _run(args: argparse.Namespace, config: TrainConfig, mtp: MTPConfig, world: W
     tokenizer = load_tokenizer(args.model)
     dtype = str(model.dtype).split(".")[1]
     eos, longest = model.config.eos_token_ids[0] if model.config.eos_token_ids else None, model.config.max_position_embeddings
-    max_length = min(1024, longest) if args.max_length is None else args.max_length
+    max_length = min(args.pack_length or 1024, longest) if args.max_length is None else args.max_length
     if max_length > longest:
         raise ValueError(f"max_length is {max_length}; accepted is up to the {longest} that the model was made for")
 

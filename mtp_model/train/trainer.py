@@ -11,7 +11,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,6 +28,11 @@ from mtp_model.model import MTPModel
 from mtp_model.train.config import TrainConfig
 from mtp_model.train.parallel import World
 from mtp_model.train.watch import LOG, Evaluation, Watch, peak_memory_mib, trim_log
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 CHECKPOINT = "checkpoint.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -46,6 +52,24 @@ def check_out(out: Path, resume: bool) -> None:
         raise ValueError(f"{out} holds a run already; resume it, or choose another directory")
     if resume and adapter.exists() and not checkpoint.exists():
         raise ValueError(f"{out} holds an adapter and no {CHECKPOINT} to go on from; choose another directory")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Raises ValueError while another process trains in `out`, where the system can tell."""
+    directory = os.open(out, os.O_RDONLY) if fcntl else None
+    try:
+        if directory is not None:
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{out} holds a run that another process is at; accepted is one that has ended, or another directory") from None
+            except OSError:  # a file system without locks
+                pass
+        yield
+    finally:
+        if directory is not None:
+            os.close(directory)
 
 
 class Trainer:
@@ -93,6 +117,7 @@ class Trainer:
         checkpoint = self.out / CHECKPOINT
         state = self._read_state(checkpoint) if checkpoint.exists() else {"step": 0, "seconds": 0.0, "mask_rows": 0}
         self.step, self.seconds, self.mask_rows = state["step"], state["seconds"], state["mask_rows"]
+        self.unevaluated = state.get("unevaluated", False)  # an evaluation at this step was interrupted
 
         if model.mtp is not None:
             model.remove_adapter()
@@ -110,7 +135,6 @@ class Trainer:
             self._load(checkpoint)
         if self.world.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            trim_log(self.out / LOG, self.step)
 
     def _read_state(self, path: Path) -> dict:
         try:
@@ -150,7 +174,7 @@ class Trainer:
                 tensors[f"{moment}/{name}"] = self.world.whole(moments[moment])
         if self.world.rank:
             return
-        state = {"step": self.step, "seconds": self.seconds, "mask_rows": self.mask_rows, "identity": self.identity}
+        state = {"step": self.step, "seconds": self.seconds, "mask_rows": self.mask_rows, "unevaluated": self.unevaluated, "identity": self.identity}
         write_tensors(self.out / CHECKPOINT, tensors, {"state": json.dumps(state)})
         training = asdict(self.config) | {"steps_done": self.step, "mask_rows": self.mask_rows}
         trained = {name: tensors[f"parameter/{name}"] for name in self.parameters}
@@ -198,7 +222,10 @@ class Trainer:
 
         loss = sum(r.loss for r in reports) / len(reports)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingFailed(f"the loss is {loss} and the gradient norm {norm} at step {self.step + 1}; {self._kept}")
+            raise TrainingFailed(
+                f"the loss is {loss} and the gradient norm {norm} at step {self.step + 1}, and would be if the run were resumed; "
+                f"another, with a lower lr or a longer warmup, may do better"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -215,13 +242,23 @@ class Trainer:
         }  # fmt: skip
 
     def run(self) -> bool:
-        """Train; returns whether the last step was reached. Ctrl-C or SIGTERM ends it after the step under way, saved.
+        """Train; returns whether the end was reached. Ctrl-C, SIGTERM or a closed terminal ends it after the step under way, saved; an evaluation
+        under way is made anew by the resumed run.
 
-        Raises TrainingFailed if the loss is no number, or another process of the run is lost.
+        Raises TrainingFailed if the loss is no number, or another process of the run is lost, and ValueError while another trains in the directory.
         """
+        if self.world.rank:
+            return self._guarded()
+        with _alone(self.out):
+            trim_log(self.out / LOG, self.step)
+            return self._guarded()
+
+    def _guarded(self) -> bool:
         stop: list[int] = []
         handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)):
+            if signal.getsignal(number) is signal.SIG_IGN and number != signal.SIGINT:  # as under nohup
+                continue
             try:
                 handlers[number] = signal.signal(number, lambda n, _: stop.append(n))
             except ValueError:  # not in the main thread: the caller keeps the signals
@@ -243,19 +280,27 @@ class Trainer:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        return self.step >= self.config.steps
+        return self.step >= self.config.steps and not self.unevaluated
 
     def _run(self, watch: Watch, stop: list[int]) -> None:
         config = self.config
-        while self.step < config.steps and not self._stopping(stop):
+        if self.unevaluated:
+            self._evaluate(watch, stop)
+        while self.step < config.steps and not self._stopping(stop) and not self.unevaluated:
             record = self.train_step()
             last = self.step == config.steps
             watch.step(record, write=last or self.step % config.log_every == 0)
             if self.evaluation is not None and (last or self.step % self.evaluation.every == 0):
-                watch.evaluated(self.step, self.seconds, self.evaluation.run(self.model, self.world))
+                self._evaluate(watch, stop)
             if self.step % config.save_every == 0 and not last:
                 self.save()
         self.save()
+
+    def _evaluate(self, watch: Watch, stop: list[int]) -> None:
+        values = None if self.evaluation is None else self.evaluation.run(self.model, self.world, lambda: stop)
+        self.unevaluated = values is None and self.evaluation is not None
+        if values is not None:
+            watch.evaluated(self.step, self.seconds, values)
 
     def _stopping(self, stop: list[int]) -> bool:
         """Whether a signal reached any process: they can only stop together."""

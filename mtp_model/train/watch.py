@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,10 @@ except ImportError:  # Windows
     resource = None
 
 LOG = "log.jsonl"
+
+
+class _Interrupted(Exception):
+    pass
 
 
 @dataclass(frozen=True)
@@ -44,23 +49,32 @@ class Evaluation:
             if getattr(self, name) < 1:
                 raise ValueError(f"the evaluation's {name} is {getattr(self, name)}; accepted is 1 or more")
 
-    def run(self, model: MTPModel, world: World) -> dict:
+    def run(self, model: MTPModel, world: World, interrupted: Callable[[], object] = lambda: False) -> dict | None:
         """Tokens per step, pooled and as the mean over prompts. Data-parallel processes share the prompts; sharded ones,
-        which can only run together, all decode all of them."""
+        which can only run together, all decode all of them. None if it was interrupted, which a process by itself asks about at every step."""
+
+        def go_on(_) -> None:
+            if world.size == 1 and interrupted():
+                raise _Interrupted
+
         apart = world.size > 1 and not world.sharded
         prompts = self.prompts[world.rank :: world.size] if apart else self.prompts
         training = model.training
         model.eval()
         tokens, passes, mean = 0, 0, 0.0
-        for i in range(0, len(prompts), self.batch):
-            stats = generate(
-                model, prompts[i : i + self.batch], mode=self.mode, k=self.k, max_new_tokens=self.max_new_tokens,
-                static=False if world.sharded else None,  # gathering a layer is no part of a captured step
-            ).stats  # fmt: skip
-            tokens, passes = tokens + sum(stats.tokens), passes + sum(stats.passes)
-            mean += sum(t / p for t, p in zip(stats.tokens, stats.passes, strict=True))
-        model.kept_steps.clear()  # their memory is the training's
-        model.train(training)
+        try:
+            for i in range(0, len(prompts), self.batch):
+                stats = generate(
+                    model, prompts[i : i + self.batch], mode=self.mode, k=self.k, max_new_tokens=self.max_new_tokens, on_tokens=go_on,
+                    static=False if world.sharded else None,  # gathering a layer is no part of a captured step
+                ).stats  # fmt: skip
+                tokens, passes = tokens + sum(stats.tokens), passes + sum(stats.passes)
+                mean += sum(t / p for t, p in zip(stats.tokens, stats.passes, strict=True))
+        except _Interrupted:
+            return None
+        finally:
+            model.kept_steps.clear()  # their memory is the training's
+            model.train(training)
         sums = torch.tensor([tokens, passes, mean], dtype=torch.float64)
         tokens, passes, mean = (world.all_sum(sums) if apart else sums).tolist()
         return {
