@@ -1,6 +1,7 @@
 """python -m mtp_model {train, answers, choose, generate, plot}"""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -105,6 +106,9 @@ def main(argv=None) -> int:
     runs = {"train": command.run, "answers": run_answers, "choose": run_choose, "generate": run_generate, "plot": plot.run}
     try:
         return runs[args.command](args)
+    except BrokenPipeError:  # what was printed has no reader any more, as before `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

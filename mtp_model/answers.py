@@ -69,13 +69,13 @@ class AnswerOptions:
 def write_answers(model: MTPModel, prompts: list[list[int]], out: str | Path, options: AnswerOptions) -> Iterator[int]:
     """Write a line {"prompt_ids", "response_ids", "by"} for each prompt to `out`, in order; yields how many lines stand after each batch.
 
-    by: the model's fingerprint and the options that decide the answer. A file that holds some lines already is continued; what an
+    by: the model's fingerprint, its dtype and the options that decide the answer. A file that holds some lines already is continued; what an
     interruption cut off is written again. Raises ValueError, and changes nothing, if its lines are not this model's answers to these prompts,
     and for a model with an ungated adapter, which writes another text.
     """
     if model.mtp is not None and not model.mtp.gated:
         raise ValueError("the adapter is not gated, so the text would not be the frozen model's own; accepted is a gated adapter, or none")
-    out, by = Path(out), [model.fingerprint, *options.text]
+    out, by = Path(out), [model.fingerprint, str(model.dtype).removeprefix("torch."), *options.text]
     done = _answered(out, prompts, by) if out.exists() else 0
     yield done
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -107,9 +107,9 @@ def _answered(out: Path, prompts: list[list[int]], by: list) -> int:
                     same = False
             if not same:
                 raise ValueError(
-                    f"{out}, line {count + 1} is not this model's answer to prompt {count + 1} with {by[1]} new tokens at most"
-                    + (f" and temperature, top_k, top_p, seed{', min_p' * (len(by) > 6)} {by[2:]}" if by[2:] else "")
-                    + "; accepted is a new file, or one that the same model, prompts and options began"
+                    f"{out}, line {count + 1} is not this model's answer to prompt {count + 1} in {by[1]} with {by[2]} new tokens at most"
+                    + (f" and temperature, top_k, top_p, seed{', min_p' * (len(by) > 7)} {by[3:]}" if by[3:] else "")
+                    + "; accepted is a new file, or one that the same model, dtype, prompts and options began"
                 )
             if cut_off:
                 break

@@ -220,8 +220,10 @@ def read_prompts(
     opening of an answer; of {"text"} the first `text_tokens` tokens. Raises ValueError with file and line number for another form, an
     empty prompt or ids outside the vocabulary, and if there is none at all.
     """
-    if text_tokens < 1 or limit is not None and limit < 1:
-        raise ValueError(f"text_tokens is {text_tokens} and limit {limit}; accepted are 1 or more")
+    if text_tokens < 1:
+        raise ValueError(f"{text_tokens} tokens of a text are asked for as a prompt; accepted are 1 or more")
+    if limit is not None and limit < 1:
+        raise ValueError(f"{limit} prompts are asked for; accepted are 1 or more")
     prompts: list[list[int]] = []
     paths = [Path(path) for path in paths]
     for path in paths:

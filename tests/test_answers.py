@@ -32,7 +32,7 @@ def test_answers_are_greedy_text(shared, tmp_path, options):
     assert counts[0] == 0 and counts[-1] == 5
     expected = generate(shared.model, PROMPTS, mode="autoregressive", max_new_tokens=9).tokens
     assert written(tmp_path / "new" / "answers.jsonl") == [
-        {"prompt_ids": p, "response_ids": t, "by": [shared.model.fingerprint, 9]} for p, t in zip(PROMPTS, expected, strict=True)
+        {"prompt_ids": p, "response_ids": t, "by": [shared.model.fingerprint, "float32", 9]} for p, t in zip(PROMPTS, expected, strict=True)
     ]
 
 
@@ -49,7 +49,7 @@ def test_drawn_answers_have_a_seed_each(shared, tmp_path, way, min_p):
     plain = drawn | dict(mode="autoregressive", max_new_tokens=9)
     expected = [generate(shared.model, [p], **plain | {"seed": s}).tokens[0] for p, s in zip(PROMPTS, seeds, strict=True)]
     assert [line["response_ids"] for line in written(tmp_path / "answers")] == expected
-    assert written(tmp_path / "answers")[0]["by"] == [shared.model.fingerprint, 9, *drawn.values()]
+    assert written(tmp_path / "answers")[0]["by"] == [shared.model.fingerprint, "float32", 9, *drawn.values()]
 
 
 @pytest.mark.parametrize("drawn", [{}, DRAWN])
@@ -78,9 +78,13 @@ def test_a_file_of_other_settings_is_refused(shared, make_hf_dir, tmp_path):
     list(write_answers(shared.model, PROMPTS[:2], path, AnswerOptions(max_new_tokens=3)))
     before = path.read_bytes()
     for model, longest in ((shared.model, 4), (load_model(make_hf_dir(seed=9)), 3)):
-        with pytest.raises(ValueError, match="line 1 is not this model's answer to prompt 1 with [34] new tokens at most"):
+        with pytest.raises(ValueError, match="line 1 is not this model's answer to prompt 1 in float32 with [34] new tokens at most"):
             list(write_answers(model, PROMPTS, path, AnswerOptions(max_new_tokens=longest)))
         assert path.read_bytes() == before
+    path.write_bytes(before.replace(b'"float32"', b'"bfloat16"'))
+    with pytest.raises(ValueError, match="line 1 is not this model's answer to prompt 1 in float32 with 3"):
+        list(write_answers(shared.model, PROMPTS, path, AnswerOptions(max_new_tokens=3)))
+    path.write_bytes(before)
     with pytest.raises(ValueError, match=r"and temperature, top_k, top_p, seed \[1.0, None, None, 5\]; accepted is a new file"):
         list(write_answers(shared.model, PROMPTS, path, AnswerOptions(max_new_tokens=3, temperature=1.0, seed=5)))
     with pytest.raises(ValueError, match=r"and temperature, top_k, top_p, seed, min_p \[1.0, None, None, 5, 0.1\]; accepted is a new file"):
