@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_kernels import ops
-from mtp_kernels.packed import version
+from mtp_kernels.packed import forget, version
 from mtp_kernels.types import SamplerWeights
 
 
@@ -33,8 +33,9 @@ class GatedLoRALinear(nn.Module):
     (rank 0) this is an ordinary linear layer. See `ops.gated_lora_linear` for the formula.
 
     `GatedLoRALinear(d, (q, kv, kv))` is a q/k/v group, `GatedLoRALinear(d, (f, f))` a gate/up group. In evaluation mode
-    without gradients the adapter is kept in the form that the operation is fastest with, until a parameter changes;
-    writing into `lora_A.data` in place does not count as a change (it bypasses torch's version counter), `eval()` does.
+    without gradients the adapter is kept in the form that the operation is fastest with, and so is, on a CPU under torch.inference_mode, the
+    weight, until a parameter changes; writing through `.data` or numpy in place does not count as a change (it bypasses torch's version counter),
+    `train()` and then `eval()` do.
     """
 
     operations = ops
@@ -112,9 +113,11 @@ class GatedLoRALinear(nn.Module):
             raise ValueError(f"targets is {targets!r}; accepted is one for each of {len(self.splits)} projections, at least one of them true")
         self.targets = None if targets is None or all(targets) else tuple(bool(target) for target in targets)
         dtype = dtype or self.weight.dtype
-        a = torch.empty(len(self.splits) * rank, self.in_features).uniform_(-self._bound, self._bound, generator=generator)
-        self.lora_A = nn.Parameter(a.to(self.weight.device, dtype))
-        self.lora_B = nn.Parameter(torch.zeros(sum(self.splits), rank, device=self.weight.device, dtype=dtype))
+        drawn = {"device": "cpu", "dtype": torch.float32}  # by the same generator the same numbers, whatever torch's defaults are
+        with torch.inference_mode(False):  # under which parameters could not be trained
+            a = torch.empty(len(self.splits) * rank, self.in_features, **drawn).uniform_(-self._bound, self._bound, generator=generator)
+            self.lora_A = nn.Parameter(a.to(self.weight.device, dtype))
+            self.lora_B = nn.Parameter(torch.zeros(sum(self.splits), rank, device=self.weight.device, dtype=dtype))
         self.rank, self.scale = rank, 1.0 if alpha is None else alpha / rank
 
     def remove_adapter(self) -> None:
@@ -124,6 +127,8 @@ class GatedLoRALinear(nn.Module):
 
     def train(self, mode: bool = True) -> "GatedLoRALinear":
         self._prepared = None
+        if mode != self.training:
+            forget(p for p in (self.weight, self.lora_A, self.lora_B) if p is not None)
         return super().train(mode)
 
     def __getstate__(self) -> dict:

@@ -173,7 +173,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def _additive(allowed: Tensor) -> Tensor:
-    return torch.where(allowed, 0.0, -math.inf)
+    return torch.where(allowed, 0.0, -math.inf).float()  # which it is already by torch's usual default dtype
 
 
 def allowed_keys(rule: AttentionRule, num_columns: int | None = None) -> Tensor:

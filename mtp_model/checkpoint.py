@@ -129,7 +129,7 @@ def from_transformers(model: nn.Module, *, device=None, dtype: torch.dtype | Non
 
     device, dtype: default the model's own. Adapters know the model if it is in its checkpoint's dtype, or in a wider one: rounded weights are
     another model's to them. Raises ValueError as `load_model` does, and for a model with more weights than those of its family, LoRA's for instance
-    (PEFT: merge_and_unload; `remove_gated_lora`).
+    (PEFT: merge_and_unload; `remove_gated_lora`), or with forward hooks, which would be left behind.
     """
     _check_dtype(dtype)
     model = getattr(model, "_orig_mod", model)  # of torch.compile
@@ -142,6 +142,9 @@ def from_transformers(model: nn.Module, *, device=None, dtype: torch.dtype | Non
     lora = [name for name in tensors.tensors if "lora_" in name]
     if lora:
         raise ValueError(f"{tensors.source} has adapters ({lora[0]}, ...); accepted is a model without (PEFT: merge_and_unload; or remove_gated_lora)")
+    hooks = [name or "itself" for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    if hooks:
+        raise ValueError(f"{tensors.source} has forward hooks ({hooks[0]}), which would be left behind; accepted is a model without")
     built = _build(config, tensors, next(model.parameters()).device if device is None else device, dtype, implementation)
     unknown = sorted(set(tensors.tensors) - tensors.taken)
     if unknown:
@@ -221,6 +224,8 @@ class Adapter:
 
     def apply(self, model: MTPModel, dtype: torch.dtype | None = None) -> MTPModel:
         """Put the adapter on `model`. Raises ValueError if the model is not the base it was trained for."""
+        if not hasattr(model, "fingerprint"):
+            raise ValueError(f"the model is a {type(model).__name__}; accepted is what load_model or from_transformers gives")
         mine = describe_base(model)
         wrong = [f"{key} {self.base[key]!r}, the model's is {mine[key]!r}" for key in mine if self.base.get(key) != mine[key]]
         if wrong:

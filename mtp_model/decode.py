@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import index
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from mtp_model.cache import KVCache
 from mtp_model.layout import MODES, Layout, prefill_layout
 from mtp_model.lookup import lookup_of
 from mtp_model.model import MTPModel
-from mtp_model.static import StaticStep, StepOptions, keep_step, recordable, take_step
+from mtp_model.static import StaticStep, StepOptions, hooked, keep_step, recordable, take_step
 
 SEEDS = 2**63
 LARGE_VOCABULARY, SHORTLIST = 8192, 64
@@ -106,7 +107,7 @@ def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """A seed for each of `count` prompts, of what `Decoding` takes. Raises ValueError for anything else."""
     try:
         if seed is None:
-            seed = int(torch.randint(2**62, ()))
+            seed = int(torch.randint(2**62, (), device="cpu"))
         if hasattr(seed, "__len__"):
             seeds = list(map(index, seed))
         else:
@@ -138,8 +139,11 @@ class Decoding:
     batch, as the most likely tokens do. `seeds` are those that serve.
 
     static: steps of fixed shape with lengths on the device, recorded once and replayed, on a GPU as a CUDA
-    graph (see `mtp_model.static`); default where a step can be recorded, with Triton kernels there and with the specification on a CPU;
-    False: each step is laid out by the host. Raises ValueError for anything else, before any work.
+    graph (see `mtp_model.static`); default where a step can be recorded, with Triton kernels there and with the specification on a CPU, and no
+    module has forward hooks; False: each step is laid out by the host. Raises ValueError for anything else, before any work.
+
+    The model must stay as it is until the text is written. Between texts its parameters may change, by all that torch counts: not through
+    `.data` or numpy, or else `model.train().eval()` makes it known.
     """
 
     def __init__(
@@ -162,6 +166,12 @@ class Decoding:
         seed: int | Sequence[int] | None = None,
         static: bool | None = None,
     ):
+        if not hasattr(model, "mtp"):
+            raise ValueError(f"the model is a {type(model).__name__}; accepted is what load_model or from_transformers gives")
+        k, max_new_tokens, draft_candidates, lookup, lookup_match, temperature, top_k, top_p, min_p = (
+            value.item() if isinstance(value, np.generic) else value
+            for value in (k, max_new_tokens, draft_candidates, lookup, lookup_match, temperature, top_k, top_p, min_p)
+        )
         if mode is None:
             mode, k = default_way(model, k)
         if mode not in MODES:
@@ -192,7 +202,9 @@ class Decoding:
         self.prompts = prompts
         if static and model.device.type == "cuda" and not recordable(model):
             raise ValueError("static steps on a GPU are of the Triton kernels, for the reference waits for the device; accepted is False, or None")
-        self.static = recordable(model) if static is None else static
+        if static and hooked(model):
+            raise ValueError("the model's modules have forward hooks, which a recorded step would not call; accepted is static=False, or None")
+        self.static = recordable(model) and not hooked(model) if static is None else static
         if eos is not None and isinstance(eos, int):
             raise ValueError(f"eos is {eos}; accepted are several token ids, as in [{eos}], or () for none")
         self.eos = frozenset(model.config.eos_token_ids if eos is None else token_lists([eos], "eos")[0])

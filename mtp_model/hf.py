@@ -73,7 +73,7 @@ class _Added:
 
     linears: dict[str, GatedLinear]  # by their name in an adapter directory, layers.N.PROJ
     handles: list
-    trained: list[nn.Parameter]  # of the base, frozen meanwhile
+    trained: dict[str, nn.Parameter]  # of the base, frozen meanwhile
 
 
 def _base(model: nn.Module) -> nn.Module:
@@ -151,10 +151,10 @@ def add_gated_lora(
         raise ValueError("layers share a projection; accepted is one of its own for each")
 
     generator = torch.Generator().manual_seed(seed)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
+    trained = {name: parameter for name, parameter in model.named_parameters() if freeze and parameter.requires_grad}
     others = [m for m in model.modules() if type(m) is nn.Linear and m.bias is None and m not in linears.values()]
     handles = [m.register_forward_pre_hook(_contiguous) for m in others if freeze and m.weight.requires_grad]
-    for parameter in trained:
+    for parameter in trained.values():
         parameter.requires_grad_(False)
     for linear in linears.values():
         linear.__class__ = GatedLinear
@@ -187,8 +187,10 @@ def remove_gated_lora(model: nn.Module) -> nn.Module:
         for name in ("_prepared", "targets"):
             linear.__dict__.pop(name, None)
         linear.__class__ = nn.Linear
-    for parameter in added.trained:
+    now = dict(model.named_parameters())  # some may have been replaced meanwhile
+    for name, parameter in added.trained.items():
         parameter.requires_grad_(True)
+        now.get(name, parameter).requires_grad_(True)
     del base._gated_lora
     return model
 

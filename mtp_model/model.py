@@ -60,6 +60,13 @@ class MTPModel(nn.Module):
         # A copy has other tensors than those that a captured step works on.
         return self.__dict__ | {"kept_steps": {}, "rotations": None}
 
+    def train(self, mode: bool = True) -> "MTPModel":
+        """As of any module. With another mode what was made of the parameters is forgotten, so that one written to through `.data` counts."""
+        if mode != self.training:
+            self.kept_steps.clear()
+            forget(self.parameters())
+        return super().train(mode)
+
     def _apply(self, fn, recurse=True):  # .to(), .cuda() and their like: the device may be another
         forget(self.parameters())
         super()._apply(fn, recurse)
@@ -73,7 +80,8 @@ class MTPModel(nn.Module):
     @property
     def frequencies(self) -> Tensor:
         """(D / 2,) rotary frequencies, float32 (float64 of a model in that), as the config says."""
-        frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        with torch.device("cpu"):
+            frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         return frequencies.to(self.device, torch.promote_types(self.dtype, torch.float32))
 
     @property
@@ -84,6 +92,7 @@ class MTPModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed.dtype
 
+    @torch.inference_mode(False)  # under which its parameters could not be trained
     def add_adapter(self, mtp: MTPConfig, seed: int = 0, dtype: torch.dtype | None = None, train_masks: bool = False) -> None:
         """Put a new adapter on the model: it changes no output until trained (B is zero), and never an NTP row's.
 
@@ -94,7 +103,8 @@ class MTPModel(nn.Module):
         dtype = dtype or self.dtype
         generator = torch.Generator().manual_seed(seed)
         shape = (mtp.num_masks, self.config.hidden_size)
-        masks = torch.randn(shape, generator=generator) * self.embed.float().std().cpu()
+        drawn = {"device": "cpu", "dtype": torch.float32}  # the same whatever torch's defaults are
+        masks = torch.randn(shape, generator=generator, **drawn) * self.embed.float().std().cpu()
         self.masks = nn.Parameter(masks.to(self.device, dtype), requires_grad=train_masks)
         for layer in self.layers:
             for name, module in layer.adapted().items():
@@ -104,7 +114,7 @@ class MTPModel(nn.Module):
         if mtp.sampler:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                self.sampler = SamplerHead(self.config.hidden_size).to(self.device, dtype)
+                self.sampler = SamplerHead(self.config.hidden_size, **drawn).to(self.device, dtype)
         self.mtp = mtp
         self.use(self.implementation)  # the new sampler too
 

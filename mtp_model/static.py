@@ -5,7 +5,7 @@ of them, and its other rows are padding (see `layout`). Its operations are recor
 with the rows of a step with all drafts, and the host reads what a step wrote while the next one works; on a CPU, for the specification, as a
 TorchScript trace, which spares a small model most of Python's time, and as others for steps with copied drafts, which have more rows or no
 masks, for there the host knows whether there are any and rows take time. The text is the same. A step is of the parameters as `nn.version` knows them:
-what is written through `.data` it may miss.
+what is written through `.data` it may miss (`MTPModel.train` and then `eval` forget all steps).
 
     step = take_step(model, batch, columns, StepOptions(mode, k))
     step.begin(...)                 # the outcome of a prefill into step.cache
@@ -45,6 +45,14 @@ TRACES = all(
 def recordable(model: MTPModel) -> bool:
     """Whether a step of this model can be recorded: the kernels' on a GPU, the specification's on a CPU."""
     return model.fused if model.device.type == "cuda" else TRACES and not model.fused
+
+
+def hooked(model: MTPModel) -> bool:
+    """Whether something looks on at the model's passes, or changes them, which a recorded step knows nothing of."""
+    everywhere = torch.nn.modules.module
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks) or any(
+        module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+    )
 
 
 @dataclass(frozen=True)
@@ -144,17 +152,17 @@ class StaticStep:
     ) -> None:  # fmt: skip
         """Take over after a prefill that filled the step's cache. drafts: (B, up to D). copied, texts (the tokens so far, newest included):
         only lookups need them."""
-        self.lengths.copy_(torch.tensor(lengths))
+        given = (
+            (self.lengths, lengths), (self.counts, counts), (self.copied, copied or [False]), (self.room, room),
+            (self.finished, finished), (self.seeds, seeds),
+        )  # fmt: skip
+        for tensor, values in given:
+            tensor.copy_(torch.tensor(values, device="cpu"))
         self.newest.copy_(newest)
-        self.counts.copy_(torch.tensor(counts))
-        self.copied.copy_(torch.tensor(copied or [False]))
-        self.room.copy_(torch.tensor(room))
-        self.finished.copy_(torch.tensor(finished))
-        self.seeds.copy_(torch.tensor(seeds))
         if drafts is not None:
             self.drafts[:, : drafts.shape[1]] = drafts
         for row, text in zip(self.text, texts if self.options.lookup else (), strict=False):
-            row[: len(text)] = torch.tensor(text)
+            row[: len(text)] = torch.tensor(text, device="cpu")
 
     def run(self) -> Callable[[], Outcome]:
         """One step for every sequence: recorded the first time, then replayed. Returns what waits for its outcome and reads it; on a

@@ -354,13 +354,21 @@ def test_tied_by_the_config_but_not_by_the_weights(tmp_path):
         assert torch.allclose(model.logits(states(model, 0))[:, 0], expected, atol=1e-4)
 
 
-def test_made_in_inference_mode_it_can_be_trained(tmp_path):
+@pytest.mark.parametrize("new", [True, False])
+def test_made_in_inference_mode_it_can_be_trained(tmp_path, toy_adapter_model, new):
+    hf = save_hf(tmp_path / "model")
+    save_adapter(toy_adapter_model(k=1), tmp_path / "adapter")
     with torch.inference_mode():
-        model = from_transformers(save_hf(tmp_path / "model"))
-    model.add_adapter(MTPConfig(1, 2))
+        model = from_transformers(hf)
+        if new:
+            model.add_adapter(MTPConfig(1, 2))
+        else:
+            load_adapter(tmp_path / "adapter").apply(model)
     rows = prefill_layout([4], 1).at(torch.tensor([[1], [3], [5], [2]]), [0])
     model(rows, KVCache(model.config, 1, 16)).sum().backward()
     assert all(p.grad is not None for name, p in model.adapter_parameters().items() if "lora_" in name)
+    with pytest.raises(ValueError, match="the model is a LlamaForCausalLM; accepted is what load_model"):
+        load_adapter(tmp_path / "adapter").apply(hf)
 
 
 @pytest.mark.parametrize(
@@ -372,6 +380,7 @@ def test_made_in_inference_mode_it_can_be_trained(tmp_path):
         (lambda hf: hf.to("meta"), {}, "is not in memory"),
         (lambda hf: hf.half().to(torch.float8_e4m3fn), {}, "is torch.float8_e4m3fn; accepted"),
         (lambda hf: AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=2)), {}, "model_type is 'gpt2'"),
+        (lambda hf: hf.model.layers[1].register_forward_hook(print) and hf, {}, r"has forward hooks \(model.layers.1\), which would be left behind"),
         (lambda hf: add_gated_lora(hf, 2), {}, r"has adapters \(.*lora_A.*remove_gated_lora"),
         (lambda hf: setattr(hf.lm_head, "bias", torch.nn.Parameter(torch.ones(6))) or hf, {}, r"has the tensors \['lm_head.bias'\], which would go unheeded"),
     ],

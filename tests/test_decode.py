@@ -4,6 +4,7 @@ import json
 import time
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -40,6 +41,37 @@ def oracle(shared):
 
 def cut(tokens, eos):
     return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("static", [False, True])
+def test_torch_defaults_change_nothing(toy_adapter_model, dtype, static):
+    def texts(model):
+        ways = ({"mode": "autoregressive"}, {"mode": "linear", "lookup": 3}, {"mode": "quadratic", "temperature": 0.8, "seed": 3, "top_p": 0.9})
+        return [generate(model, PROMPTS, max_new_tokens=NEW, static=static, **way).tokens for way in ways]
+
+    expected = texts(toy_adapter_model(k=3))
+    before, model = torch.get_default_dtype(), toy_adapter_model(k=3, name="again")
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            assert texts(model) == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_numbers_of_numpy(shared):
+    expected = generate(shared.model, PROMPTS, mode="linear", k=2, max_new_tokens=9, temperature=0.5, seed=1, top_k=3, lookup=2).tokens
+    found = generate(
+        shared.model, PROMPTS, mode="linear", k=np.int64(2), max_new_tokens=np.int32(9), temperature=np.float32(0.5), seed=np.int64(1),
+        top_k=np.int64(3), lookup=np.int8(2),
+    )  # fmt: skip
+    assert found.tokens == expected
+
+
+def test_a_model_of_transformers_is_refused_by_name(shared):
+    with pytest.raises(ValueError, match="the model is a LlamaForCausalLM; accepted is what load_model or from_transformers gives"):
+        generate(shared.hf, PROMPTS)
 
 
 @pytest.mark.parametrize("static", [False, True])

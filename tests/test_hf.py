@@ -326,6 +326,33 @@ def test_removed_without_a_trace(family):
     assert torch.equal(with_adapter(model)(ids).logits, logits)  # and it may come back
 
 
+def test_parameters_replaced_meanwhile_are_trained_again_too():
+    model = with_adapter(plain())
+    model.lm_head.weight.requires_grad_(True)
+    model.load_state_dict(dict(model.state_dict()), assign=True)
+    model.resize_token_embeddings(50, mean_resizing=False)
+    remove_gated_lora(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_adapter_made_under_inference_mode_or_other_defaults():
+    expected = gated_lora_state_dict(add_gated_lora(plain(), 4))
+    models = [plain(), plain()]
+    with torch.inference_mode():
+        add_gated_lora(models[0], 4)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            add_gated_lora(models[1], 4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for model in models:
+        tensors = gated_lora_state_dict(model)
+        assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
+        model(tokens(1, 5), gate=2).logits.sum().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_training_reaches_the_adapter_alone():
     model, ids = add_gated_lora(plain(), 4, seed=5).train(), tokens(2, 12)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -71,6 +71,10 @@ def test_what_is_kept_belongs_to_the_parameters():
             assert torch.allclose(module(x, 0), expected, atol=1e-5)
         module.lora_B.data.zero_()  # torch counts no version here: eval() is what forgets
         assert torch.equal(module.eval()(x, 0), module(x))
+        with torch.inference_mode():
+            before = module(x)
+            module.weight.data.mul_(2)
+            torch.testing.assert_close(module.train().eval()(x), 2 * before)
         assert copy.deepcopy(module)._prepared is None
         module.load_state_dict(layer().state_dict())
         assert torch.equal(module(x, 0), layer().eval()(x, 0))

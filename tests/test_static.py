@@ -82,6 +82,37 @@ def test_a_changed_adapter_needs_a_new_step(toy_adapter_model):
     assert after != before
 
 
+def test_what_is_written_through_data_counts_after_train_and_eval(toy_adapter_model):
+    model, other = toy_adapter_model(k=2).eval(), toy_adapter_model(k=2, name="other", seed=8).eval()
+    options = dict(mode="linear", max_new_tokens=12)
+    before, expected = (generate(each, PROMPTS, **options).tokens for each in (model, other))
+    for old, new in zip(model.parameters(), other.parameters(), strict=True):
+        old.data.copy_(new.data)
+    model.eval()
+    assert len(model.kept_steps) == 1
+    model.train().eval()
+    assert not model.kept_steps and not kept(model.parameters())
+    for fixed in (True, False):
+        assert generate(model, PROMPTS, static=fixed, **options).tokens == expected != before
+
+
+@pytest.mark.parametrize("kind", ["module", "everywhere"])
+def test_forward_hooks_are_called_at_every_step(toy_adapter_model, kind):
+    model, calls = toy_adapter_model(k=2), []
+    plain = generate(model, PROMPTS[:1], mode="linear", max_new_tokens=12)
+    assert len(model.kept_steps) == 1
+    if kind == "module":
+        handle = model.layers[1].register_forward_hook(lambda module, args, out: calls.append(1) or -out)
+    else:
+        handle = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, args: calls.append(1) if module is model.layers[1] else None)
+    result = generate(model, PROMPTS[:1], mode="linear", max_new_tokens=12)
+    assert len(calls) == result.stats.passes[0] and (result.tokens == plain.tokens) == (kind == "everywhere")
+    with pytest.raises(ValueError, match="have forward hooks, which a recorded step would not call"):
+        generate(model, PROMPTS[:1], static=True)
+    handle.remove()
+    assert generate(model, PROMPTS[:1], mode="linear", max_new_tokens=12, static=True).tokens == plain.tokens
+
+
 def test_a_fused_optimizers_step_needs_a_new_step(toy_adapter_model):
     model = toy_adapter_model(k=2)
     generate(model, PROMPTS, mode="linear", max_new_tokens=5, static=True)
