@@ -2,7 +2,7 @@
 
 A module's `operations` are the checked functions of `ops`; a model that guarantees its shapes may set `ops.unchecked()`.
 Under torch.autocast a module casts its input and its weights as torch's own layer of the kind does; a model with unchecked
-operations has chosen its dtype and is left in it.
+operations has chosen its dtype and is left in it. torch.compile and torch.export take them; the transforms of torch.func (vmap, grad) do not.
 """
 
 import math

@@ -35,7 +35,7 @@ PART_SCORES = 2**19  # of mask rows alone, at a time on a CPU: 2 MiB, which its 
 
 def _sizes(x: Tensor) -> tuple[int, ...]:
     """The shape as numbers: a tracer (see `mtp_model.static`) would record what is computed from its own."""
-    return tuple(map(int, x.shape))
+    return tuple(map(int, x.shape)) if torch.jit.is_tracing() else tuple(x.shape)
 
 
 def gated_lora_linear(

@@ -142,8 +142,8 @@ class Decoding:
     graph (see `mtp_model.static`); default where a step can be recorded, with Triton kernels there and with the specification on a CPU, and no
     module has forward hooks; False: each step is laid out by the host. Raises ValueError for anything else, before any work.
 
-    The model must stay as it is until the text is written. Between texts its parameters may change, by all that torch counts: not through
-    `.data` or numpy, or else `model.train().eval()` makes it known.
+    The model must stay as it is until the text is written, and no other thread may train it meanwhile. Between texts its parameters may change,
+    by all that torch counts: not through `.data` or numpy, or else `model.train().eval()` makes it known.
     """
 
     def __init__(

@@ -184,6 +184,17 @@ def test_compiles_whole(backend, gate):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "adapted", "mlp", "norm"])
+def test_exported_for_any_number_of_rows(kind, strict):
+    module = {"linear": GatedLoRALinear(8, (6, 2, 4)), "adapted": layer(), "mlp": SwiGLU(8, 12), "norm": RMSNorm(8)}[kind].eval()
+    rows = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("sequence", min=2, max=64)}
+    inputs = [(torch.randn(b, t, 8), *([torch.rand(b, t) < 0.5] if kind == "adapted" else [])) for b, t in ((2, 5), (3, 7))]
+    exported = torch.export.export(module, inputs[0], dynamic_shapes=(rows,) * len(inputs[0]), strict=strict).module()
+    for each in inputs:
+        torch.testing.assert_close(exported(*each), module(*each))
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_optimizers_step_reaches_what_is_kept(fused):
     """A fused optimizer writes without raising torch's version counter; the model stays in evaluation mode all along."""
