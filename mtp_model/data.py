@@ -150,7 +150,8 @@ def read_examples(
         if not path.is_file():
             raise ValueError(f"{path} is not a file")
 
-    def fill(sink: _Sink) -> list[str]:
+    def fill(sink: _Sink) -> tuple[list[str], list[str]]:
+        """What was left out, line by line, and what is to be said of it."""
         skipped, dropped, cut, parted = [], 0, 0, 0
         with tqdm(total=sum(p.stat().st_size for p in paths), desc="read", unit="B", unit_scale=True, disable=not progress) as bar:
             for path in paths:
@@ -176,21 +177,21 @@ def read_examples(
                                 dropped += 1
                         cut += len(example.ids) > max_length
                         parted += len(example.ids) > max_length and not example.answer[:max_length].any()
-        for count, what in (
+        notes = [f"{count} {what}" for count, what in (
             (len(skipped), "broken lines left out"),
             (dropped, "pieces left out, with no answer of two tokens or more"),
             (cut, f"sequences of more than {max_length} tokens (max_length) cut, the later pieces without what stands before them"),
             (parted, f"prompts fill the {max_length} tokens of a sequence (max_length): their answers are trained on without them"),
-        ):
-            if count:
-                _report(f"{count} {what}")
+        ) if count]  # fmt: skip
+        for note in notes:
+            _report(note)
         if len(sink.offsets) == 1:
             raise ValueError(f"no sequence with an answer of two tokens or more in {', '.join(map(str, paths))}")
-        return skipped
+        return skipped, notes
 
     if store is None:
         sink = _Sink(BytesIO(), BytesIO())
-        return sink.in_memory(fill(sink))
+        return sink.in_memory(fill(sink)[0])
     store = Path(store)
     if store.exists() and not store.is_dir():
         raise ValueError(f"store is {store}, which is not a directory; accepted is a directory, or the name of a new one")
@@ -201,10 +202,11 @@ def read_examples(
     found = _open_store(store, made_of)
     if found is None:
         _write_store(store, made_of, fill)
-        found = _open_store(store, made_of)
-    elif found.skipped:
-        _report(f"{len(found.skipped)} broken lines were left out of {store}, the first: {found.skipped[0]}")
-    return found
+        return _open_store(store, made_of)[0]
+    examples, notes = found
+    for note in notes:
+        _report(f"{store}: {note}" + (f", the first: {examples.skipped[0]}" if note.endswith("broken lines left out") else ""))
+    return examples
 
 
 def _identity(tokenizer) -> str:
@@ -218,17 +220,18 @@ def _identity(tokenizer) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _open_store(store: Path, made_of: dict) -> Examples | None:
-    """The examples of a store, or None if it is not whole or made of something else."""
+def _open_store(store: Path, made_of: dict) -> tuple[Examples, list[str]] | None:
+    """The examples of a store and what was said of them, or None if it is not whole or made of something else."""
     try:
         state = json.loads((store / STORE).read_text(encoding="utf-8"))
         if state.pop("made_of") != made_of:
             return None
+        notes = state.pop("notes")
         offsets = np.load(store / "offsets.npy")
         tokens, flags = (np.asarray(np.memmap(store / f"{n}.bin", t, "r")) for n, t in (("tokens", np.int32), ("answers", bool)))
     except (OSError, ValueError, KeyError):
         return None
-    return Examples(tokens, flags, offsets, **state) if len(tokens) == len(flags) == offsets[-1] else None
+    return (Examples(tokens, flags, offsets, **state), notes) if len(tokens) == len(flags) == offsets[-1] else None
 
 
 def _write_store(store: Path, made_of: dict, fill) -> None:
@@ -240,9 +243,9 @@ def _write_store(store: Path, made_of: dict, fill) -> None:
         with ExitStack() as stack:
             files = {name: stack.enter_context(open(temporary[name], "wb")) for name in names}
             sink = _Sink(files["tokens.bin"], files["answers.bin"])
-            skipped = fill(sink)
+            skipped, notes = fill(sink)
             np.save(files["offsets.npy"], np.array(sink.offsets))
-            files[STORE].write(json.dumps({"made_of": made_of, "skipped": skipped, **sink.facts()}).encode())
+            files[STORE].write(json.dumps({"made_of": made_of, "skipped": skipped, "notes": notes, **sink.facts()}).encode())
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())

@@ -434,11 +434,14 @@ def test_store_is_opened_without_reading(read, tmp_path, monkeypatch):
 
 def test_store_remembers_what_it_left_out(read, tmp_path, capsys):
     options = dict(skip_broken=True, store=tmp_path / "store")
-    skipped = read(GOOD, b"{", **options).skipped
-    capsys.readouterr()
+    skipped = read(GOOD, b"{", {"prompt": "a", "response": ""}, {"text": "a b c " * 20}, **options).skipped
+    said = capsys.readouterr().err
     again = read_examples([tmp_path / "data.jsonl"], make_tokenizer(), max_length=50, vocab_size=10, eos=2, **options)
     assert again.skipped == skipped and len(skipped) == 1
-    assert skipped[0] in capsys.readouterr().err
+    again = capsys.readouterr().err
+    assert skipped[0] in again
+    for note in ("1 broken lines left out", "1 pieces left out", "1 sequences of more than 50 tokens (max_length) cut"):
+        assert note in said and note in again
 
 
 class Killed(BaseException):
