@@ -48,8 +48,9 @@ def next_token(model: MTPModel, texts) -> dict:
 class WithQuality(Evaluation):
     """Tokens per step and, of the same prompts as text, the next token."""
 
-    def run(self, model: MTPModel, world: World) -> dict:
-        return super().run(model, world) | next_token(model, self.prompts)
+    def run(self, model: MTPModel, world: World, *interrupted) -> dict | None:
+        found = super().run(model, world, *interrupted)
+        return None if found is None else found | next_token(model, self.prompts)
 
 
 def run(study: Study) -> Result:
