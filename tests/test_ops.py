@@ -855,7 +855,7 @@ def test_accept_a_match_after_a_mismatch_counts_for_nothing():
     assert accepted.tolist() == [2] and following.tolist() == [7]
 
 
-@pytest.fixture(params=[1, 2, 3, 8], ids="{} threads".format)
+@pytest.fixture(params=[1, 2, 3, 8], ids="{}-threads".format)
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -1011,7 +1011,8 @@ def test_attention_rows_are_independent(threads, d, heads, kv_heads, visible):
 def test_rows_are_independent_on_older_processors():
     """The tests of it once more, with the libraries' instructions limited to AVX2."""
     limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "(rows_are_independent or gated_lora_linear) and not older", __file__]
+    those = "(rows_are_independent or gated_lora_linear) and not (older or 2-threads or 8-threads)"
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", those, __file__]
     done = subprocess.run(command, env=os.environ | limits, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:] + done.stderr
 
