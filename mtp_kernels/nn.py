@@ -113,9 +113,9 @@ class GatedLoRALinear(nn.Module):
             raise ValueError(f"targets is {targets!r}; accepted is one for each of {len(self.splits)} projections, at least one of them true")
         self.targets = None if targets is None or all(targets) else tuple(bool(target) for target in targets)
         dtype = dtype or self.weight.dtype
-        drawn = {"device": "cpu", "dtype": torch.float32}  # by the same generator the same numbers, whatever torch's defaults are
         with torch.inference_mode(False):  # under which parameters could not be trained
-            a = torch.empty(len(self.splits) * rank, self.in_features, **drawn).uniform_(-self._bound, self._bound, generator=generator)
+            a = torch.empty(len(self.splits) * rank, self.in_features, device="cpu", dtype=torch.float32)  # whatever torch's defaults are
+            a.uniform_(-self._bound, self._bound, generator=generator)
             self.lora_A = nn.Parameter(a.to(self.weight.device, dtype))
             self.lora_B = nn.Parameter(torch.zeros(sum(self.splits), rank, device=self.weight.device, dtype=dtype))
         self.rank, self.scale = rank, 1.0 if alpha is None else alpha / rank

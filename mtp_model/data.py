@@ -204,8 +204,8 @@ def read_examples(
         _write_store(store, made_of, fill)
         return _open_store(store, made_of)[0]
     examples, notes = found
-    for note in notes:
-        _report(f"{store}: {note}" + (f", the first: {examples.skipped[0]}" if note.endswith("broken lines left out") else ""))
+    for line in (*(f"left out: {line}" for line in examples.skipped[:REPORTED]), *notes):  # as when it was written
+        _report(line)
     return examples
 
 

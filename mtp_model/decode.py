@@ -9,6 +9,7 @@
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from operator import index
 
@@ -397,8 +398,8 @@ def generate(
     **options,
 ) -> DecodeResult:
     """Run a `Decoding` (which see for the options) to its end; `on_tokens` is called with each step's new tokens."""
-    decoding = Decoding(model, prompts, **options)
-    for new in decoding:
-        if on_tokens is not None:
-            on_tokens(new)
+    with closing(decoding := Decoding(model, prompts, **options)):  # also where `on_tokens` raises
+        for new in decoding:
+            if on_tokens is not None:
+                on_tokens(new)
     return DecodeResult(decoding.tokens, decoding.stats)

@@ -37,14 +37,18 @@ def _plain(message: dict) -> dict:
     return message | {"content": "".join(part["text"] for part in content)}
 
 
-def _encode(tokenizer, text, special: bool = False) -> list[int]:
+def _text(text) -> str:
     if not isinstance(text, str):
         raise ValueError(f"found a {type(text).__name__} where text is expected")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair
         raise ValueError(f"found text that is not Unicode: {error}") from None
-    return tokenizer(text, add_special_tokens=special)["input_ids"]
+    return text
+
+
+def _encode(tokenizer, text, special: bool = False) -> list[int]:
+    return tokenizer(_text(text), add_special_tokens=special)["input_ids"]
 
 
 def _encode_parts(tokenizer, texts: Iterable[str], special: bool = False) -> list[list[int]]:
@@ -52,8 +56,8 @@ def _encode_parts(tokenizer, texts: Iterable[str], special: bool = False) -> lis
     prompt by itself, and the last ones what follows it in the whole (some tokenizers begin every text that they are given with a space). A text
     whose first token would reach back into the one before is tokenized as at the beginning of a line."""
     parts, before, ids = [], "", []
-    for text in texts:
-        whole = _encode(tokenizer, before + text if isinstance(text, str) else text, special)
+    for text in map(_text, texts):
+        whole = _encode(tokenizer, before + text, special)
         if whole[: len(ids)] == ids:
             parts.append(whole[len(ids) :])
             before, ids = before + text, whole

@@ -364,6 +364,7 @@ def test_made_in_inference_mode_it_can_be_trained(tmp_path, toy_adapter_model, n
             model.add_adapter(MTPConfig(1, 2))
         else:
             load_adapter(tmp_path / "adapter").apply(model)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
     rows = prefill_layout([4], 1).at(torch.tensor([[1], [3], [5], [2]]), [0])
     model(rows, KVCache(model.config, 1, 16)).sum().backward()
     assert all(p.grad is not None for name, p in model.adapter_parameters().items() if "lora_" in name)

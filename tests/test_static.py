@@ -82,6 +82,14 @@ def test_a_changed_adapter_needs_a_new_step(toy_adapter_model):
     assert after != before
 
 
+def test_a_callback_that_raises_ends_the_decoding(toy_adapter_model):
+    """At once, and not when its exception is forgotten: what it recorded serves the next text."""
+    model = toy_adapter_model(k=2)
+    with pytest.raises(ZeroDivisionError) as caught:
+        generate(model, PROMPTS, mode="linear", max_new_tokens=12, static=True, on_tokens=lambda new: 1 / (len(new[0]) - 1))
+    assert len(model.kept_steps) == 1 and caught.value.__traceback__
+
+
 def test_what_is_written_through_data_counts_after_train_and_eval(toy_adapter_model):
     model, other = toy_adapter_model(k=2).eval(), toy_adapter_model(k=2, name="other", seed=8).eval()
     options = dict(mode="linear", max_new_tokens=12)

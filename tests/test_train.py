@@ -321,7 +321,8 @@ def test_an_interrupted_evaluation_is_made_anew(model, tmp_path, monkeypatch, at
         return generate(*args, **options)
 
     monkeypatch.setattr(watch, "generate", interrupted)
-    assert not run.run() and run.step == steps_done(tmp_path / "parts") == at and model.training == run.model.training
+    training = model.training
+    assert not run.run() and run.step == steps_done(tmp_path / "parts") == at and model.training == training and not model.kept_steps
     assert at not in [record["step"] for record in log_of(tmp_path / "parts") if "evaluation" in record]
     monkeypatch.undo()
     assert made("parts", resume=True).run()
@@ -338,10 +339,16 @@ def test_one_run_in_a_directory_at_a_time(model, tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*first, {"step": 3}]))
     kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     other = Trainer(model, examples(), MTP, settings(), tmp_path, resume=True)
-    with trainer._alone(tmp_path), pytest.raises(ValueError, match="another process"):
+    with trainer._alone(tmp_path), pytest.raises(ValueError, match="holds a run that another process is at"):
+        other.run()
+    run.train_step()
+    run.save()
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="was trained beyond step 2 by another process meanwhile"):
         other.run()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
-    assert other.run() and [record["step"] for record in log_of(tmp_path)] == list(range(1, 13))
+    assert Trainer(model, examples(), MTP, settings(), tmp_path, resume=True).run()
+    assert [record["step"] for record in log_of(tmp_path)] == list(range(1, 13))
 
 
 def test_an_evaluation_decodes_as_asked_and_leaves_the_model_as_it_was(toy_adapter_model, monkeypatch):

@@ -69,7 +69,7 @@ def test_bits_and_places(t, heads, kv_heads, d, start, normed, dtype, device):
 def test_what_is_not_finite_is_written_as_zero(implementation, dtype, device):
     largest = torch.finfo(dtype).max
     qkv = torch.randn(2, 1, 5, 16, device=device).to(dtype)
-    qkv[0, 0, 2:, 3], qkv[0, 0, 3:, 5], qkv[1, 0, 3:, 6], qkv[1, 0, 4, 7] = torch.nan, torch.inf, -torch.inf, -largest
+    qkv[0, 0, 2:, 3], qkv[0, 0, 3:, 13], qkv[1, 0, 3:, 6], qkv[1, 0, 4, 15] = torch.nan, torch.inf, -torch.inf, -largest
     qkv[1, 0, 3, 1::8] = largest  # which is too much once rotated
     cos, sin = (torch.full((2, 1, 16), value, dtype=dtype, device=device) for value in (0.75, 0.75))
     rotated = rotary_embedding(qkv[:, :, :4], cos, sin, implementation=implementation)

@@ -223,8 +223,8 @@ class Trainer:
         loss = sum(r.loss for r in reports) / len(reports)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingFailed(
-                f"the loss is {loss} and the gradient norm {norm} at step {self.step + 1}, and would be if the run were resumed; "
-                f"another, with a lower lr or a longer warmup, may do better"
+                f"the loss is {loss} and the gradient norm {norm} at step {self.step + 1}; {self._kept}, and on the same machine comes to the same: "
+                f"a lower lr or a longer warmup are for another run"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -250,6 +250,9 @@ class Trainer:
         if self.world.rank:
             return self._guarded()
         with _alone(self.out):
+            checkpoint = self.out / CHECKPOINT
+            if checkpoint.exists() and self._read_state(checkpoint)["step"] > self.step:
+                raise ValueError(f"{self.out} was trained beyond step {self.step} by another process meanwhile; resume it again")
             trim_log(self.out / LOG, self.step)
             return self._guarded()
 
