@@ -222,6 +222,16 @@ class Adapter:
     base: dict
     notes: dict = field(default_factory=dict)
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest of its tensors."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name].contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def apply(self, model: MTPModel, dtype: torch.dtype | None = None) -> MTPModel:
         """Put the adapter on `model`. Raises ValueError if the model is not the base it was trained for."""
         if not hasattr(model, "fingerprint"):

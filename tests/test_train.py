@@ -170,6 +170,33 @@ def test_masks_are_trained_by_option(model, tmp_path, train_masks):
     assert torch.equal(model.masks, before) != train_masks
 
 
+@pytest.mark.parametrize("train_masks", [False, True])
+def test_an_adapter_is_trained_further(model, uninterrupted, tmp_path, train_masks):
+    start, config = load_adapter(uninterrupted), settings(steps=4, lr=1e-3, train_masks=train_masks)
+    whole = Trainer(model, examples(), start, config, tmp_path / "whole")
+    with torch.no_grad():
+        assert all(torch.equal(tensor, start.tensors[name]) for name, tensor in checkpoint.export_adapter(model).items())
+    assert whole.run()
+    further = load_adapter(tmp_path / "whole")
+    changed = {name for name, tensor in further.tensors.items() if not torch.equal(tensor, start.tensors[name])}
+    assert changed == set(start.tensors) - (set() if train_masks else {"masks"})
+    assert further.config == start.config and further.notes["before"] == start.notes
+
+    interrupted = Trainer(model, examples(), start, config, tmp_path / "parts")
+    interrupted.train_step()
+    interrupted.save()
+    assert Trainer(model, examples(), start, config, tmp_path / "parts", resume=True).run()
+    assert same_adapter(tmp_path / "parts", tmp_path / "whole")
+    for other in (MTP, further):
+        with pytest.raises(ValueError, match="other settings .*start: '"):
+            Trainer(model, examples(), other, config, tmp_path / "parts", resume=True)
+
+
+def test_an_adapter_of_another_base_is_not_trained_further(uninterrupted, toy_model, tmp_path):
+    with pytest.raises(ValueError, match="another base model"):
+        Trainer(toy_model, examples(), load_adapter(uninterrupted), settings(), tmp_path)
+
+
 def test_ordinary_logits_are_untouched(model, tmp_path):
     ids = torch.tensor([[1], [3], [5], [2], [0]])
 
@@ -642,6 +669,21 @@ def test_a_tokenizer_that_cannot_be_read(command_line, tmp_path, capsys):
         file.unlink() if content is None else file.write_text(content)
         assert main(["generate", "--model", str(tmp_path / "model"), "--mode", "autoregressive", "--device", "cpu", "a b c"]) == 2
         assert f"{tmp_path / 'model'} has no tokenizer that transformers can load" in capsys.readouterr().err
+
+
+def test_train_further_command(command_line, tmp_path, capsys):
+    place, arguments = command_line
+    given = ["--adapter", str(place / "whole"), "--steps", "2", "--out", str(tmp_path / "out")]
+    assert main([*arguments, *given]) == 2
+    assert f"--masks and --rank with --adapter {place / 'whole'}, which has its own" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    without = [word for i, word in enumerate(arguments) if not {"--masks", "--rank"} & set(arguments[max(i - 1, 0) : i + 1])]
+    assert main([*without, *given]) == 0
+    further, before = load_adapter(tmp_path / "out"), load_adapter(place / "whole")
+    assert further.config == before.config == MTPConfig(2, 2)
+    assert further.notes["before"] == before.notes and further.notes["training"]["steps"] == 2
+    distance = max(float((further.tensors[name] - tensor).abs().max()) for name, tensor in before.tensors.items())
+    assert 0 < distance < 0.02  # two small steps from it, not from a new one
 
 
 def test_settings_of_an_evaluation_without_data(tmp_path, capsys):

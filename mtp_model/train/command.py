@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 from mtp_model.arguments import add_model_arguments, load_asked_model, load_tokenizer
+from mtp_model.checkpoint import Adapter, load_adapter
 from mtp_model.config import PROJECTIONS, MTPConfig
 from mtp_model.data import Examples, read_examples
 from mtp_model.records import read_prompts
@@ -49,6 +51,7 @@ HELPS = {
     "log_every": "steps between log lines",
 }
 
+ADAPTER = {"masks": 8, "rank": 128, "alpha": None, "target_modules": PROJECTIONS, "no_sampler": False, "ungated": False}  # without --adapter
 EVALUATION = {"eval_every": 500, "eval_prompts": 32, "eval_new_tokens": 100}  # what they are with --eval-data alone
 
 
@@ -61,12 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, metavar="DIR", help="keep the tokens in this directory instead of in memory")
     parser.add_argument("--skip-broken", action="store_true", help="leave out lines that cannot be read, and report them")
     adapter = parser.add_argument_group("the adapter")
-    adapter.add_argument("--masks", type=int, default=8, metavar="K", help="masks per block, 1 to 16 (default 8)")
-    adapter.add_argument("--rank", type=int, default=128, help="LoRA rank, 1 to 512 (default 128)")
+    adapter.add_argument("--adapter", type=Path, metavar="DIR", help="train this one further, a directory or owner/name on the Hub, instead of a new one")
+    adapter.add_argument("--masks", type=int, metavar="K", help="masks per block, 1 to 16 (default 8)")
+    adapter.add_argument("--rank", type=int, help="LoRA rank, 1 to 512 (default 128)")
     adapter.add_argument("--alpha", type=float, help="LoRA is scaled by alpha / rank (default: the rank)")
-    adapter.add_argument("--target-modules", nargs="+", default=PROJECTIONS, metavar="NAME", help=f"of {', '.join(PROJECTIONS)} (default: all)")
-    adapter.add_argument("--no-sampler", action="store_true", help="train no sampler head")
-    adapter.add_argument("--ungated", action="store_true", help="ordinary LoRA, which changes the model itself; for comparison")
+    adapter.add_argument("--target-modules", nargs="+", metavar="NAME", help=f"of {', '.join(PROJECTIONS)} (default: all)")
+    adapter.add_argument("--no-sampler", action="store_true", default=None, help="train no sampler head")
+    adapter.add_argument("--ungated", action="store_true", default=None, help="ordinary LoRA, which changes the model itself; for comparison")
     held_out = parser.add_argument_group("held-out evaluation, by real decoding")
     held_out.add_argument("--eval-data", type=Path, nargs="+", metavar="FILE", help="prompts, in the same forms as data; their answers are not used")
     held_out.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations (default 500)")
@@ -84,10 +88,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             recipe.add_argument(flag, type=kind, default=default, help=HELPS[field.name] + shown)
 
 
+def _flags(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Those of the flags that were given."""
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+
+
 def run(args: argparse.Namespace) -> int:
     config = TrainConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainConfig)})
-    mtp = MTPConfig(args.masks, args.rank, args.alpha, not args.no_sampler, tuple(args.target_modules), not args.ungated)
-    given = [f"--{name.replace('_', '-')}" for name in EVALUATION if getattr(args, name) is not None]
+    given = _flags(args, ADAPTER)
+    if given and args.adapter:
+        raise ValueError(f"{' and '.join(given)} with --adapter {args.adapter}, which has its own; accepted is one of the two")
+    masks, rank, alpha, targets, no_sampler, ungated = (default if getattr(args, name) is None else getattr(args, name) for name, default in ADAPTER.items())
+    mtp = load_adapter(args.adapter) if args.adapter else MTPConfig(masks, rank, alpha, not no_sampler, tuple(targets), not ungated)
+    given = _flags(args, EVALUATION)
     if given and not args.eval_data:
         raise ValueError(f"{' and '.join(given)} without --eval-data; accepted is --eval-data with it")
     world, args.device = World.start(args.device)
@@ -97,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         world.close()
 
 
-def _run(args: argparse.Namespace, config: TrainConfig, mtp: MTPConfig, world: World) -> int:
+def _run(args: argparse.Namespace, config: TrainConfig, mtp: MTPConfig | Adapter, world: World) -> int:
     if args.shard and world.size == 1:
         raise ValueError("--shard is of several processes; start them with torchrun --nproc-per-node N -m mtp_model.train")
     if world.rank == 0:

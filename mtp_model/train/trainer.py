@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mtp_model.batches import Batches
-from mtp_model.checkpoint import ADAPTER_CONFIG, save_adapter, write_tensors
+from mtp_model.checkpoint import ADAPTER_CONFIG, Adapter, save_adapter, write_tensors
 from mtp_model.config import MTPConfig
 from mtp_model.data import Batch, Example, Examples, collate, has_anchor
 from mtp_model.loss import choose_anchors, mtp_loss, report
@@ -75,16 +75,18 @@ def _alone(out: Path) -> Iterator[None]:
 class Trainer:
     """A training run in the directory `out`: adapter, checkpoint and log. `run()` trains to the end or to an interruption.
 
-    model: with or without an adapter; a fresh one of `mtp` is put on. resume: continue the run that `out` holds. evaluation:
-    held-out decoding on the way. world: the processes that share the work, `shard` leaves each a part of the model, on `device`.
-    Raises ValueError if `out` holds a run and `resume` is False, or one with other settings, and for an example without a place for masks.
+    model: with or without an adapter; another is put on, a fresh one of `mtp`, or, where `mtp` is an `Adapter`, that one, to be trained further
+    (with AdamW's moments from zero). resume: continue the run that `out` holds. evaluation: held-out decoding on the way. world: the processes
+    that share the work, `shard` leaves each a part of the model, on `device`.
+    Raises ValueError if `out` holds a run and `resume` is False, or one with other settings, for an adapter of another base, and for an example
+    without a place for masks.
     """
 
     def __init__(
         self,
         model: MTPModel,
         examples: Examples | Sequence[Example],
-        mtp: MTPConfig,
+        mtp: MTPConfig | Adapter,
         config: TrainConfig,
         out: str | Path,
         *,
@@ -103,7 +105,8 @@ class Trainer:
                 raise ValueError(f"examples {placeless[:8]} have no place for masks; accepted are answers of two tokens or more")
             examples = Examples.of(examples)
         self.examples = examples
-        self.notes, self.evaluation = notes or {}, evaluation
+        start, mtp = (mtp, mtp.config) if isinstance(mtp, Adapter) else (None, mtp)
+        self.notes, self.evaluation = (notes or {}) | ({"before": start.notes} if start else {}), evaluation
         self.part = self.world.part(config.batch_size)
         self.batches = Batches(
             self.examples.lengths, config.batch_size, config.seed, pack_length=config.pack_length, buckets=config.buckets
@@ -113,6 +116,7 @@ class Trainer:
         self.identity = {k: v for k, v in asdict(config).items() if k not in free} | {
             "mtp": asdict(mtp) | {"target_modules": list(mtp.target_modules)}, "base": model.fingerprint,
             "dtype": str(model.dtype).removeprefix("torch."), "examples": len(self.examples), "data": self.examples.fingerprint,
+            "start": None if start is None else start.fingerprint,
         }  # fmt: skip
         checkpoint = self.out / CHECKPOINT
         state = self._read_state(checkpoint) if checkpoint.exists() else {"step": 0, "seconds": 0.0, "mask_rows": 0}
@@ -121,7 +125,10 @@ class Trainer:
 
         if model.mtp is not None:
             model.remove_adapter()
-        model.add_adapter(mtp, seed=config.seed, dtype=torch.float32, train_masks=config.train_masks)
+        if start is None:
+            model.add_adapter(mtp, seed=config.seed, dtype=torch.float32, train_masks=config.train_masks)
+        else:
+            start.apply(model, dtype=torch.float32).masks.requires_grad_(config.train_masks)
         model.recompute_activations(config.recompute)
         if shard is not None:
             self.world.shard(model, shard)
@@ -145,7 +152,8 @@ class Trainer:
             raise ValueError(f"{path} is no checkpoint that can be read: {error}") from None
         changed = [f"{k}: {before.get(k)!r}, now {v!r}" for k, v in self.identity.items() if before.get(k) != v]
         if changed:
-            raise ValueError(f"{path} is of a run with other settings ({'; '.join(changed)}); accepted are the same ones")
+            raise ValueError(f"{path} is of a run with other settings ({'; '.join(changed)}); accepted are the same ones, "
+                             "or another directory for a run from its adapter on (--adapter)")  # fmt: skip
         return state
 
     @torch.no_grad()
