@@ -9,6 +9,7 @@ import pytest
 import torch
 
 PTX = os.environ.get("TEST_PTX")  # sm_80 or sm_90: the kernels as compiled for it, on the CPU
+SIMULATED = os.environ.get("TEST_GPU") == "simulated"  # a GPU's code without one
 if PTX:
     import ptx
 
@@ -22,6 +23,10 @@ elif not torch.cuda.is_available():  # before Triton is first imported, which tr
 
         for patch in (interpreter_bfloat16, interpreter_memory, interpreter_speed):
             patch.apply()
+        if SIMULATED:
+            import simulated_gpu
+
+            simulated_gpu.apply()
 
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 

@@ -17,7 +17,7 @@ from mtp_model.layout import MODES
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    code = decode.main(["--num-prompts", "2", "--new-tokens", "12", "--repeats", "1", "--k", "3", "--out", str(out)])
+    code = decode.main(["--num-prompts", "2", "--new-tokens", "12", "--repeats", "1", "--k", "3", "--device", "cpu", "--out", str(out)])
     return code, json.loads((out / "decode.json").read_text()), out
 
 
@@ -186,7 +186,7 @@ def test_flags_that_would_go_unheeded(tmp_path, monkeypatch, flags, word):
 def test_ablation(tmp_path, own):
     """Four rows for an adapter; behind the demo's own stand those of the pair with and without LCM."""
     adapter = shutil.copytree(ADAPTER, tmp_path / "own") if own else ADAPTER
-    arguments = ["--ablation", "--num-prompts", "2", "--new-tokens", "10", "--k", "2", "--adapter", str(adapter), "--out", str(tmp_path)]
+    arguments = ["--ablation", "--num-prompts", "2", "--new-tokens", "10", "--k", "2", "--adapter", str(adapter), "--device", "cpu", "--out", str(tmp_path)]
     assert decode.main(arguments) == 0
     rows = json.loads((tmp_path / "decode_ablation.json").read_text())["rows"]
     ways = [(mode, sampler) for mode in ("linear", "quadratic") for sampler in (False, True)]

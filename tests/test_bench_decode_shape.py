@@ -100,7 +100,9 @@ def test_a_prescribed_step_waits_for_nothing(monkeypatch):
     pytest.importorskip("triton")
     from mtp_kernels.triton import _device
 
-    model = random_model(TINY, torch.device("cpu"), torch.float32, 4, 2, "triton").to("meta")
+    model = random_model(TINY, torch.device("cpu"), torch.float32, 4, 2)
+    model.implementation = "triton"
+    model.to("meta")
     monkeypatch.setattr(_device, "launch", lambda *args, **options: None)
     cache = KVCache(TINY, BATCH, 300, "meta")
     step = PrescribedStep(model, cache, "quadratic", 2, torch.zeros(BATCH, LENGTH, dtype=torch.int64, device="meta"), CONTEXT)

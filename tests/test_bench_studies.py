@@ -52,7 +52,7 @@ def first_prompts(toy):
 
 def flags(toy, out, training=True, held_out=True, seconds=False):
     """out has the results and the work directory."""
-    named = ["--model", toy / "model", "--new-tokens", 8, "--prompts", 3, "--work", out / "work", "--out", out]
+    named = ["--model", toy / "model", "--device", "cpu", "--new-tokens", 8, "--prompts", 3, "--work", out / "work", "--out", out]
     if held_out:
         named += ["--held-out", toy / "heldout.jsonl"]
     if training:

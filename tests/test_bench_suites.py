@@ -121,7 +121,7 @@ def test_a_model_with_normalised_heads_is_measured_with_them(operation):
     normed = cases(operation, model=replace(TOY, qk_norm=True))
     assert all(case.shape.endswith(", normed") and case.make(CPU, torch.float32)["norm"] is not None for case in normed)
     rows = list(measure.check_toys(normed, torch.bfloat16, kernels.interpreted()))
-    assert {r["status"] for r in rows if r["provider"] == OURS} == {"ok"}, rows
+    assert {r["status"] for r in rows if r["provider"] == OURS} == {"ok" if kernels.interpreted() else "skipped"}, rows
     assert normed[0].count(2, False).bytes > cases(operation)[0].count(2, False).bytes
 
 

@@ -16,7 +16,7 @@ from mtp_model.data import Example, collate
 from mtp_model.layout import training_layout
 from mtp_model.loss import choose_anchors
 
-TINY = ["--batch-size", "2", "--length", "24", "--anchors", "2", "--rounds", "2", "--seconds", "0", "--steps", "1"]
+TINY = ["--batch-size", "2", "--length", "24", "--anchors", "2", "--rounds", "2", "--seconds", "0", "--steps", "1", "--device", "cpu"]
 
 
 def make_batch(limit=None, lengths=(9, 6, 12)):
@@ -117,7 +117,7 @@ def test_a_way_by_itself(monkeypatch):
     """In a process of its own, with the settings of the one that asks."""
     commands, start = [], subprocess.Popen
     monkeypatch.setattr(train.subprocess, "Popen", lambda command, **options: commands.append(command) or start(command, **options))
-    args = train.build_parser().parse_args([*TINY, "--device", "cpu", "--masks", "4"])
+    args = train.build_parser().parse_args([*TINY, "--masks", "4"])
     train.settle(args)
     (case,) = train.cases(args)
     with train.Apart(case, WAYS["ours"], args) as apart:
@@ -130,7 +130,7 @@ def test_a_way_by_itself(monkeypatch):
 
 
 def test_a_way_that_ends_says_why():
-    args = train.build_parser().parse_args([*TINY, "--device", "cpu"])
+    args = train.build_parser().parse_args(TINY)
     train.settle(args)
     (case,) = train.cases(args)
     with pytest.raises(RuntimeError, match="ours by itself ended with 2: .*--masks is 0"), train.Apart(replace(case, masks=0), WAYS["ours"], args):
@@ -215,7 +215,7 @@ def test_longest():
 
 def test_fit_on_a_cpu_looks_at_the_process(monkeypatch, capsys):
     monkeypatch.setattr(train, "peak_apart", lambda case, way, args: 100 + case.length * (1 if way.name == "ours" else 2))
-    assert train.main(["--fit", "--memory", "1", "--ways", "ours", "plain"]) == 0
+    assert train.main(["--fit", "--memory", "1", "--ways", "ours", "plain", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     ours, plain = (int(line.split("|")[2]) for line in shown.splitlines() if "demo, batch" in line)
     assert 832 <= ours <= 924 and 384 <= plain <= 462

@@ -323,14 +323,15 @@ def test_a_model_that_is_loaded(tmp_path, family, config):
     assert torch.equal(states(mine, 0), states(opened, 0))
 
 
-def test_options_of_a_model_that_is_loaded(tmp_path):
+def test_options_of_a_model_that_is_loaded(tmp_path, device):
     hf = save_hf(tmp_path / "model", tie_word_embeddings=True)
     plain = from_transformers(hf)
     assert plain.lm_head is plain.embed and plain.device.type == "cpu" and not plain.fused
     rounded, unrounded = from_transformers(hf, dtype=torch.bfloat16), from_transformers(copy.deepcopy(hf).double())
     assert rounded.dtype == torch.bfloat16 and rounded.fingerprint == plain.fingerprint == unrounded.fingerprint
     pytest.importorskip("triton")
-    assert from_transformers(hf, implementation="triton").fused and load_model(tmp_path / "model", implementation="triton").fused
+    options = {"device": device, "implementation": "triton"}
+    assert from_transformers(hf, **options).fused and load_model(tmp_path / "model", **options).fused
     for make in (lambda **options: from_transformers(hf, **options), lambda **options: load_model(tmp_path / "model", **options)):
         with pytest.raises(ValueError, match="dtype is torch.int8; accepted are"):
             make(dtype=torch.int8)

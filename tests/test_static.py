@@ -384,11 +384,12 @@ class _NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", [dict(draft_candidates=2), dict(use_sampler=False), dict(draft_candidates=3, temperature=0.7, top_k=4, seed=5)], ids=str)
 @pytest.mark.parametrize("mode, fused", [("linear", False), ("linear", True), ("quadratic", True)])
-def test_one_pass_over_lm_head_serves_both(toy_adapter_model, monkeypatch, mode, fused, options):
+def test_one_pass_over_lm_head_serves_both(toy_adapter_model, monkeypatch, device, mode, fused, options):
     """The same text and the same drafts as where the masks' logits are made by themselves."""
+    model = toy_adapter_model(k=2, num_hidden_layers=1)
     if fused:
         pytest.importorskip("triton")
-    model = toy_adapter_model(k=2, num_hidden_layers=1).use("triton" if fused else None)
+        model = model.to(device).use("triton")
     prompts, new = [[1, 2, 3], [4, 1]], 6
 
     def run(static):
@@ -411,7 +412,7 @@ def test_one_pass_over_lm_head_serves_both(toy_adapter_model, monkeypatch, mode,
     assert all(way[3] == 0 for way in apart)  # whose products are within argmax and the sampler
 
 
-def test_which_steps_share_a_pass_over_lm_head(toy_adapter_model):
+def test_which_steps_share_a_pass_over_lm_head(toy_adapter_model, device):
     model = toy_adapter_model(k=8, num_hidden_layers=1)
 
     def shares(mode, batch=1, k=8, **options):
@@ -424,7 +425,7 @@ def test_which_steps_share_a_pass_over_lm_head(toy_adapter_model):
     assert not shares("quadratic", draft_candidates=3)  # nine times as many rows, which a CPU takes time for
     assert shares("quadratic", k=3, draft_candidates=3) and not shares("quadratic", 3, 3, draft_candidates=3)  # 16 and 48 rows
     pytest.importorskip("triton")
-    model.use("triton")
+    model.to(device).use("triton")
     assert shares("quadratic", draft_candidates=3) and not shares("quadratic", 2, draft_candidates=3)  # 81 and 162 rows
 
 
