@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from mtp_model.answers import AnswerOptions, write_answers
+from mtp_model.arguments import default_device, device_name
 from mtp_model.checkpoint import load_model
 from mtp_model.demo.base import encode
 from mtp_model.demo.corpus import read_corpus
@@ -50,6 +51,7 @@ def main(argv=None):
     parser.add_argument("--prompts", type=int, default=96, help="held-out prompts to pick from")
     parser.add_argument("--prompt-length", type=int, default=96, help="tokens of a held-out prompt")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", type=device_name, default=default_device(), help="default: %(default)s")
     args = parser.parse_args(argv)
 
     from transformers import AutoTokenizer
@@ -68,7 +70,7 @@ def main(argv=None):
         for start in generator.integers(0, len(data) - 256, size=args.count).tolist():
             file.write(json.dumps({"prompt_ids": data[start : start + 32].tolist(), "response_ids": data[start + 32 : start + 256].tolist()}) + "\n")
 
-    model = load_model(args.model, dtype=torch.float32)
+    model = load_model(args.model, device=args.device, dtype=torch.float32)
     prompts = []
     for number in range(-(-args.count // args.batch)):
         generator = np.random.default_rng([args.seed, number])

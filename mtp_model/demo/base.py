@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from mtp_model.arguments import default_device, default_dtype, device_name
 from mtp_model.demo.corpus import read_corpus
 
 END_OF_TEXT = "<|endoftext|>"
@@ -61,7 +62,7 @@ def held_out_loss(model, data: np.ndarray, length: int, batches: int = 8, batch:
     generator = np.random.default_rng(0)
     total = 0.0
     for _ in range(batches):
-        ids = windows(data, batch, length, generator)
+        ids = windows(data, batch, length, generator).to(model.device)
         total += float(model(input_ids=ids, labels=ids, use_cache=False).loss)
     return total / batches
 
@@ -91,6 +92,7 @@ def main(argv=None):
     parser.add_argument("--muon-lr", type=float, default=4e-3, help="Muon, the layers' matrices")
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--decay", type=float, default=0.4, help="share of the time spent decaying to zero")
+    parser.add_argument("--device", type=device_name, default=default_device(), help="default: %(default)s; on a GPU products are bfloat16's where it has it")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model (needs a C++ compiler on a CPU)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -116,13 +118,14 @@ def main(argv=None):
         max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=end, eos_token_id=end, pad_token_id=end,
         rms_norm_eps=1e-5, initializer_range=0.02,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config).to(args.device)
+    mixed = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=default_dtype(args.device) == "bfloat16")
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     optimizers = make_optimizers(model, args.lr, args.muon_lr)
     step, tokens, spent = 0, 0, 0.0
     checkpoint = args.out / "checkpoint.pt"
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -149,8 +152,9 @@ def main(argv=None):
             for optimizer, lr in zip(optimizers, base_lrs, strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = lr * scale
-            ids = windows(train, args.batch, args.length, np.random.default_rng([args.seed, step]))
-            loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+            ids = windows(train, args.batch, args.length, np.random.default_rng([args.seed, step])).to(args.device)
+            with mixed:
+                loss = run(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
