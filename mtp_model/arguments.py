@@ -67,7 +67,7 @@ def refuse_masks(mode: str, k: int | None) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=Path, default=BASE, metavar="DIR",
-        help="Hugging Face directory, or owner/name on the Hub: Llama, Mistral or Qwen (default: the demo model)",
+        help="Hugging Face directory, or owner/name or owner/name@revision on the Hub: Llama, Mistral or Qwen (default: the demo model)",
     )  # fmt: skip
     parser.add_argument("--device", type=device_name, default=default_device(), help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU that has it, else float32")

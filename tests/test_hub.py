@@ -113,6 +113,16 @@ def test_model_and_adapter_from_the_hub(hub, make_hf_dir, toy_adapter_model, mon
     assert adapter.apply(model).mtp.num_masks == 3 and adapter.notes == {"from": "a test"} and "revision/v1" in asked
 
     asked.clear()
+    assert load_adapter("owner/adapter@v1").notes == {"from": "a test"} and "revision/v1" in asked
+    with pytest.raises(ValueError, match=r"gave nothing for this name .*revision/refs%2Fpr%2F1"):
+        load_adapter("owner/adapter@refs/pr/1")
+    with pytest.raises(ValueError, match="revision is 'v1' and owner/adapter@v2 names one too"):
+        load_adapter("owner/adapter@v2", revision="v1")
+    for name in ("owner/adapter@", "owner/adapter@a@b", "@v1"):
+        with pytest.raises(ValueError, match="is not a directory"):
+            load_adapter(name)
+
+    asked.clear()
     with pytest.raises(ValueError, match="has no adapter_config.json"):
         load_adapter("owner/toy-1.0")
     assert not any(name.startswith("resolve") for name in asked)  # and nothing was downloaded to find that out
