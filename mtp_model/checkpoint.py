@@ -232,14 +232,18 @@ class Adapter:
             digest.update(tensor.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def apply(self, model: MTPModel, dtype: torch.dtype | None = None) -> MTPModel:
-        """Put the adapter on `model`. Raises ValueError if the model is not the base it was trained for."""
+    def check_base(self, model: MTPModel) -> None:
+        """Raises ValueError if the model is not the base that the adapter was trained for."""
         if not hasattr(model, "fingerprint"):
             raise ValueError(f"the model is a {type(model).__name__}; accepted is what load_model or from_transformers gives")
         mine = describe_base(model)
-        wrong = [f"{key} {self.base[key]!r}, the model's is {mine[key]!r}" for key in mine if self.base.get(key) != mine[key]]
+        wrong = [f"{key} {self.base.get(key)!r}, the model's is {mine[key]!r}" for key in mine if self.base.get(key) != mine[key]]
         if wrong:
             raise ValueError(f"the adapter was trained for another base model: {'; '.join(wrong)} (a fingerprint is of the checkpoint's weights, unrounded)")
+
+    def apply(self, model: MTPModel, dtype: torch.dtype | None = None) -> MTPModel:
+        """Put the adapter on `model`. Raises ValueError if the model is not the base it was trained for."""
+        self.check_base(model)
         model.add_adapter(self.config, dtype=dtype)
         try:
             import_adapter(model, self.tensors)

@@ -677,6 +677,9 @@ def test_train_further_command(command_line, tmp_path, capsys):
     assert main([*arguments, *given]) == 2
     assert f"--masks and --rank with --adapter {place / 'whole'}, which has its own" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    save_hf(tmp_path / "other", seed=9)
+    assert main(["train", "--model", str(tmp_path / "other"), "--data", "none.jsonl", "--device", "cpu", *given]) == 2
+    assert "trained for another base model: fingerprint" in capsys.readouterr().err  # found out before the data are read
     without = [word for i, word in enumerate(arguments) if not {"--masks", "--rank"} & set(arguments[max(i - 1, 0) : i + 1])]
     assert main([*without, *given]) == 0
     further, before = load_adapter(tmp_path / "out"), load_adapter(place / "whole")

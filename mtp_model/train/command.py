@@ -117,6 +117,8 @@ def _run(args: argparse.Namespace, config: TrainConfig, mtp: MTPConfig | Adapter
         check_out(args.out, args.resume)
     shard = args.device if args.shard else None
     model = load_asked_model(args, "cpu" if shard else None)  # a model that is to be sharded may not fit one device
+    if isinstance(mtp, Adapter):
+        mtp.check_base(model)  # before the data are read
     tokenizer = load_tokenizer(args.model)
     dtype = str(model.dtype).split(".")[1]
     eos, longest = model.config.eos_token_ids[0] if model.config.eos_token_ids else None, model.config.max_position_embeddings
