@@ -9,7 +9,7 @@ import pytest
 import torch
 
 PTX = os.environ.get("TEST_PTX")  # sm_80 or sm_90: the kernels as compiled for it, on the CPU
-SIMULATED = os.environ.get("TEST_GPU") == "simulated"  # a GPU's code without one
+SIMULATED = os.environ.get("TEST_GPU") == "simulated" and not (PTX or torch.cuda.is_available())  # a GPU's code without one
 if PTX:
     import ptx
 
