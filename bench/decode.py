@@ -263,13 +263,13 @@ def check(
 
 def acceptance(
     model: MTPModel, prompts: list[list[int]], new_tokens: int, mode: str, k: int, use_sampler: bool = True, batch: int = 1, drawn: Drawn | None = None,
-    lookup: dict | None = None,
+    lookup: dict | None = None, candidates: int | None = None,
 ) -> dict:  # fmt: skip
     """Tokens per step of one way of decoding: pooled, and over the prompts mean, median and quartiles."""
     row = Row(mode, k, lookup=lookup or {})
     for i in tqdm(range(0, len(prompts), batch), desc=f"{mode}, k = {k}", disable=None, leave=False):
         each = prompts[i : i + batch]
-        measure(row, model, None, each, new_tokens, use_sampler=use_sampler, **texts(drawn, i, each))
+        measure(row, model, None, each, new_tokens, use_sampler=use_sampler, draft_candidates=candidates, **texts(drawn, i, each))
     return acceptance_record(row, use_sampler)
 
 

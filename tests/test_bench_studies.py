@@ -12,6 +12,7 @@ from conftest import randomise_adapter, save_hf
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from bench import decode
 from bench.decode import acceptance, load_tokenizer, measure
 from bench.studies import __main__ as studies
 from bench.studies import common, domains, drawn, gating, options, probe
@@ -262,6 +263,28 @@ def test_copies_study(toy, tmp_path, monkeypatch):
         found = {way: generate(model, prompts, max_new_tokens=8, **each, **seeds).stats.tokens_per_step for way, each in ways.items()}
         assert {way: record["pooled"] for way, record in row["by_way"].items()} == found
     assert studies.main(["copies", *map(str, arguments), "--lookup", "17"]) == 2
+
+
+def test_shortlist_study(toy, tmp_path, monkeypatch):
+    asked = []  # a random adapter's drafts are as bad from any list
+    monkeypatch.setattr(decode, "generate", lambda *args, **options: asked.append(options["draft_candidates"]) or generate(*args, **options))
+    arguments = (*flags(toy, tmp_path, training=False), "--adapter", toy / "with-lcm")
+    values = study("shortlist", *arguments, "--candidates", 1, 9, 1)
+    assert [row["candidates"] for row in values["rows"]] == [1024, 9, 1] == asked and len(values["table"]) == 5
+    model = load_adapter(toy / "with-lcm").apply(load_model(toy / "model"))
+    for row in values["rows"]:
+        found = generate(model, first_prompts(toy), mode="quadratic", draft_candidates=row["candidates"], max_new_tokens=8)
+        assert row["pooled"] == found.stats.tokens_per_step
+    for wrong in ("0", "1024"):
+        assert studies.main(["shortlist", *map(str, arguments), "--candidates", wrong]) == 2
+
+
+def test_a_shortlist_needs_a_sampler(toy, tmp_path, capsys):
+    model = load_model(toy / "model")
+    model.add_adapter(MTPConfig(K, 3, sampler=False))
+    save_adapter(model, tmp_path / "bare")
+    assert studies.main(["shortlist", *flags(toy, tmp_path, training=False), "--adapter", str(tmp_path / "bare")]) == 2
+    assert "no sampler" in capsys.readouterr().err
 
 
 def test_options_get_equal_time_and_survive_interruptions(toy, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@
     python -m bench.studies domains     tokens per step by kind of text and number of masks (Table 1)
     python -m bench.studies drawn       tokens per step of drawn text by temperature, drafts with and without noise
     python -m bench.studies copies      tokens per step by kind of text with copied drafts, greedy and drawn
+    python -m bench.studies shortlist   tokens per step where the sampler chooses among few tokens
     python -m bench.studies options     the recipe's options one by one, at equal training time
     python -m bench.studies all         all of them in that order
 
@@ -18,11 +19,14 @@ import argparse
 import sys
 
 from bench.report import environment, shown, write_json
-from bench.studies import copies, domains, drawn, gating, ladder, options, probe, rank
+from bench.studies import copies, domains, drawn, gating, ladder, options, probe, rank, shortlist
 from bench.studies.common import BUDGET, Result, Study, add_arguments, check, results_directory
 from mtp_model.arguments import default_dtype
 
-STUDIES = {"probe": probe, "gating": gating, "ladder": ladder, "rank": rank, "domains": domains, "drawn": drawn, "copies": copies, "options": options}
+STUDIES = {
+    "probe": probe, "gating": gating, "ladder": ladder, "rank": rank, "domains": domains, "drawn": drawn, "copies": copies, "shortlist": shortlist,
+    "options": options,
+}  # fmt: skip
 
 
 def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

@@ -51,6 +51,7 @@ FLAGS = {
     "ranks": dict(type=int, nargs="+", default=[1, 4, 16, 64, 128], metavar="R", help="default: 1 4 16 64 128"),
     "k": dict(type=int, nargs="+", metavar="K", help="masks per block (default: 1 to the adapter's)"),
     "lookup": dict(type=int, default=10, metavar="N", help="tokens that are copied (default %(default)s)"),
+    "candidates": dict(type=int, nargs="+", default=[64, 32, 16, 8], metavar="C", help="tokens on the sampler's list, beside all (default: 64 32 16 8)"),
     "temperatures": dict(type=float, nargs="+", default=[0.3, 0.5, 0.7, 1.0], metavar="T", help="beside 0, greedy text (default: %(default)s)"),
     "variants": dict(nargs="+", metavar="NAME", help="some of the recipes, beside plain (default: all)"),
     "seed": dict(type=int, default=0, help="which prompts are picked, or of the placeholder masks (default %(default)s)"),
