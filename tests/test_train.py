@@ -484,6 +484,18 @@ def test_shares_of_passes_without_the_later_masks(model, tmp_path):
     assert all(math.isfinite(share) for record in records for share in record["right_base"] + record["right_sampler"])
 
 
+@pytest.mark.parametrize("sampler", [True, False])
+def test_the_bar_tells_what_is_known(model, tmp_path, capsys, sampler):
+    """A mask that the pass had not, and a sampler that the adapter has not, have no figures."""
+    trainer = Trainer(model, examples(), MTPConfig(3, 2, sampler=sampler), settings(drop_masks=0.9), tmp_path)
+    number = next(n for n in range(20) if trainer._pass(n)[1]["masks"] == 2)
+    trainer.step = number
+    with watch.Watch(tmp_path, 20, number, trainer.world) as outlets:
+        outlets.step(trainer.train_step(), True)
+    told = capsys.readouterr().err
+    assert re.search(r"right \d+ \d+ - %, \d+ tokens/s", told) and "nan" not in told and ("sampler" in told) is sampler
+
+
 def test_signals_are_the_callers_again(model, tmp_path):
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
     before = [signal.getsignal(number) for number in numbers]

@@ -138,12 +138,11 @@ class Watch:
         if not write:
             return
         self._write(record)
-        right = record["right_sampler"] or record["right_base"]
-        self.bar.set_postfix_str(
-            f"loss {record['loss']:.3f}, base {record['base']:.2f}, sampler {record['sampler']:.2f}, lcm {record['lcm']:.2f}, "
-            f"right {' '.join(f'{100 * share:.0f}' for share in right)} %, {record['tokens_per_second']:.0f} tokens/s, "
-            f"{record['memory_mib']:.0f} MiB"
-        )
+        right = " ".join("-" if math.isnan(share) else f"{100 * share:.0f}" for share in record["right_sampler"] or record["right_base"])
+        losses = {"loss": 3, "base": 2, "sampler": 2, "lcm": 2}
+        told = [f"{name} {record[name]:.{digits}f}" for name, digits in losses.items() if not math.isnan(record[name])]
+        told += [f"right {right} %", f"{record['tokens_per_second']:.0f} tokens/s", f"{record['memory_mib']:.0f} MiB"]
+        self.bar.set_postfix_str(", ".join(told))
 
     def evaluated(self, step: int, seconds: float, values: dict) -> None:
         self._write({"step": step, "seconds": round(seconds, 2), "evaluation": values})
