@@ -286,6 +286,12 @@ def acceptance_cells(record: dict) -> list[str]:
     return [f"{record['pooled']:.2f}", f"{record['mean']:.2f}", f"{record['median']:.2f} ({low:.2f} to {high:.2f})"]
 
 
+def steps_trained(notes: dict) -> int:
+    """How many steps made an adapter, with those of the adapter that it was trained further from; 0 if its notes do not say."""
+    before = steps_trained(notes["before"]) if "before" in notes else 0
+    return before + notes.get("training", {}).get("steps_done", 0)
+
+
 def ablation(
     model: MTPModel, prompts: list[list[int]], new_tokens: int, k: int, adapters: list[Path], drawn: Drawn | None = None, lookup: dict | None = None
 ) -> tuple[str, list[dict]]:
@@ -295,8 +301,7 @@ def ablation(
         adapter = load_adapter(directory)
         model.remove_adapter()
         adapter.apply(model, model.dtype)
-        training = adapter.notes.get("training", {})
-        lcm, steps = training.get("lcm_weight", 1.0) > 0, training.get("steps_done")
+        lcm, steps = adapter.notes.get("training", {}).get("lcm_weight", 1.0) > 0, steps_trained(adapter.notes)
         name = ("with LCM" if lcm else "without LCM") + (f", {steps} steps" if steps else "")
         for mode, sampler in (("linear", False), ("linear", True), ("quadratic", False), ("quadratic", True)):
             record = acceptance(model, prompts, new_tokens, mode, k, sampler, drawn=drawn, lookup=lookup)

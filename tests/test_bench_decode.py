@@ -192,6 +192,9 @@ def test_ablation(tmp_path, own):
     ways = [(mode, sampler) for mode in ("linear", "quadratic") for sampler in (False, True)]
     assert [(r["mode"], r["sampler"], r["lcm"]) for r in rows] == [(*way, lcm) for lcm in ([True] if own else [True, True, False]) for way in ways]
     assert all(len(r["per_prompt"]) == 2 and 1 <= r["pooled"] <= 3 for r in rows)
+    notes = json.loads((ADAPTER / "adapter_config.json").read_text())["notes"]
+    trained = notes["training"]["steps_done"], notes["before"]["training"]["steps_done"]  # the demo's was trained further
+    assert [r["steps"] for r in rows[::4]] == [sum(trained), 800, 800][: 1 if own else 3]
 
 
 @pytest.mark.parametrize(
