@@ -34,7 +34,7 @@ from mtp_kernels.triton._attention_forward import (
 @triton.jit
 def _accumulate_dq(
     dq, q, do, m, inverse_z, delta, first, visible, block, slot, begin, end,
-    k_ptr, v_ptr, key_block_ptr, key_slot_ptr, of_masks, stride_ks, stride_vs, scale,
+    k_ptr, v_ptr, key_block_ptr, key_slot_ptr, stride_ks, stride_vs, scale,
     CHECKED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_MASKS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -47,9 +47,7 @@ def _accumulate_dq(
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         if CHECKED:
-            allowed = allowed_keys(
-                column, end, first, visible, block, slot, key_block_ptr, key_slot_ptr, of_masks, HAS_FIRST, HAS_MASKS, BLOCK_S
-            )
+            allowed = allowed_keys(column, end, first, visible, block, slot, key_block_ptr, key_slot_ptr, HAS_FIRST, HAS_MASKS, BLOCK_S)
             ds = tl.where(allowed, ds, 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
@@ -92,13 +90,13 @@ def query_gradient_kernel(
     if earliest < whole:
         dq = _accumulate_dq(
             dq, q, do, m, inverse_z, delta, first, visible, t, t, earliest, whole,
-            k_ptr, v_ptr, block_ptr, slot_ptr, False, stride_ks, stride_vs, scale,
+            k_ptr, v_ptr, block_ptr, slot_ptr, stride_ks, stride_vs, scale,
             False, False, False, PRECISION, D, BLOCK_S, BLOCK_D,
         )  # fmt: skip
     if whole < most:
         dq = _accumulate_dq(
             dq, q, do, m, inverse_z, delta, first, visible, t, t, whole, most,
-            k_ptr, v_ptr, block_ptr, slot_ptr, False, stride_ks, stride_vs, scale,
+            k_ptr, v_ptr, block_ptr, slot_ptr, stride_ks, stride_vs, scale,
             True, HAS_FIRST, False, PRECISION, D, BLOCK_S, BLOCK_D,
         )  # fmt: skip
     if HAS_MASKS:
@@ -111,7 +109,7 @@ def query_gradient_kernel(
             dq = _accumulate_dq(
                 dq, q, do, m, inverse_z, delta, first, tl.zeros_like(visible) + end, block, slot, begin, end,
                 k_ptr + start * stride_ks, v_ptr + start * stride_vs,
-                block_ptr + (T - num_masks), slot_ptr + (T - num_masks), True, stride_ks, stride_vs, scale,
+                block_ptr + (T - num_masks), slot_ptr + (T - num_masks), stride_ks, stride_vs, scale,
                 True, False, True, PRECISION, D, BLOCK_S, BLOCK_D,
             )  # fmt: skip
     d = tl.arange(0, BLOCK_D)

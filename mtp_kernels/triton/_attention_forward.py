@@ -148,10 +148,10 @@ def no_sums(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constex
 
 @triton.jit
 def allowed_keys(
-    column, end, first, visible, block, slot, key_block_ptr, key_slot_ptr, of_masks,
+    column, masks_end, first, visible, block, slot, key_block_ptr, key_slot_ptr,
     HAS_FIRST: tl.constexpr, HAS_MASKS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_S): which keys of the tile at `column` each row may attend.
+    """(BLOCK_M, BLOCK_S): which keys of the tile at `column` each row may attend. masks_end: of the mask keys, 0 where the keys are NTP keys.
 
     One test for both kinds of keys, so that one loop serves them: the other kind's part is made to hold for every row.
     """
@@ -162,9 +162,8 @@ def allowed_keys(
     else:
         allowed = s[None, :] < visible[:, None]
     if HAS_MASKS:
-        asked = (s < end) & of_masks
-        key_block = tl.load(key_block_ptr + s, mask=asked, other=0).to(tl.int32)
-        key_slot = tl.load(key_slot_ptr + s, mask=asked, other=0).to(tl.int32)
+        key_block = tl.load(key_block_ptr + s, mask=s < masks_end, other=0).to(tl.int32)
+        key_slot = tl.load(key_slot_ptr + s, mask=s < masks_end, other=0).to(tl.int32)
         allowed = allowed & (key_block[None, :] == block[:, None]) & (key_slot[None, :] <= slot[:, None])
     return allowed
 
@@ -172,7 +171,7 @@ def allowed_keys(
 @triton.jit
 def _attend(
     m, z, acc, acc_tail, q, q_tail, first, visible, block, slot, earliest, begin, end,
-    k_ptr, v_ptr, key_block_ptr, key_slot_ptr, of_masks, stride_ks, stride_vs, scale,
+    k_ptr, v_ptr, key_block_ptr, key_slot_ptr, masks_end, stride_ks, stride_vs, scale,
     CHECKED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_MASKS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -190,9 +189,7 @@ def _attend(
             qk = tl.dot(q_tail, tl.trans(k), qk, input_precision=PRECISION)
         x = qk * scale
         if CHECKED:
-            allowed = allowed_keys(
-                column, end, first, visible, block, slot, key_block_ptr, key_slot_ptr, of_masks, HAS_FIRST, HAS_MASKS, BLOCK_S
-            )
+            allowed = allowed_keys(column, masks_end, first, visible, block, slot, key_block_ptr, key_slot_ptr, HAS_FIRST, HAS_MASKS, BLOCK_S)
             x = tl.where(allowed, x, float("-inf"))
         m_next = tl.maximum(m, tl.max(x, 1))
         reference = tl.where(m_next == float("-inf"), 0.0, m_next)  # -inf - -inf is NaN
@@ -227,19 +224,65 @@ def _merge(m, z, acc, m_piece, z_piece, acc_piece):
 
 
 @triton.jit
-def piece_of_keys(
-    piece, earliest, latest, least, most, PIECE: tl.constexpr, BLOCK_S: tl.constexpr, HAS_FIRST: tl.constexpr,
+def keys_of_piece(
+    piece, of_masks, tile, b, t, first, visible, earliest, latest, least, most, block_ptr, slot_ptr, mask_start_ptr, T, num_masks, block_size,
+    HAS_FIRST: tl.constexpr, HAS_MASKS: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, GROUPS: tl.constexpr,
+    PIECE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """(begin, whole, end) of a piece for a tile of rows: every row may attend the keys [begin, whole), the rule decides on [whole, end).
+    """The keys of a piece that a tile of rows may attend, and the rule for them: (begin, whole, end, start, masks_end, first, earliest, visible, block, slot).
 
-    The rows' first keys are earliest to latest, and they see least to most keys.
+    Every row may attend the keys [begin, whole), the rule decides on [whole, end); they are read from column `start` on.
+    The rows' first keys are earliest to latest, and they see least to most NTP keys. of_masks: this piece is the mask keys.
     """
     begin = piece * PIECE
     end = tl.minimum(begin + PIECE, most)
     if HAS_FIRST:
         begin = tl.maximum(begin, earliest // BLOCK_S * BLOCK_S)
         least = tl.where(latest > begin, begin, least)
-    return begin, tl.maximum(begin + (tl.minimum(least, end) - begin) // BLOCK_S * BLOCK_S, begin), end
+    whole = tl.maximum(begin + (tl.minimum(least, end) - begin) // BLOCK_S * BLOCK_S, begin)
+    start = tl.cast(0, tl.int64)
+    masks_end = 0
+    block = t
+    slot = t
+    if HAS_MASKS:
+        if of_masks:
+            last = tl.minimum(((tile + 1) * BLOCK_M - 1) // GROUPS, T - 1)
+            begin, end = mask_key_range(tile * BLOCK_M // GROUPS, last, T, num_masks, block_size, WHOLE_BLOCKS)
+            whole = begin
+            start = tl.load(mask_start_ptr + b).to(tl.int64)
+        masks_end = tl.where(of_masks, end, 0)
+        visible = tl.where(of_masks, end, visible)
+        if HAS_FIRST:
+            first = tl.where(of_masks, 0, first)
+            earliest = tl.where(of_masks, 0, earliest)
+        asked = t < tl.where(of_masks, T, 0)
+        block = tl.load(block_ptr + t, mask=asked, other=0).to(tl.int32)
+        slot = tl.load(slot_ptr + t, mask=asked, other=0).to(tl.int32)
+    return begin, whole, end, start, masks_end, first, earliest, visible, block, slot
+
+
+@triton.jit
+def sums_of_piece(
+    begin, whole, end, start, masks_end, first, earliest, visible, block, slot, q, q_tail,
+    k_ptr, v_ptr, mask_block_ptr, mask_slot_ptr, stride_ks, stride_vs, scale,
+    HAS_FIRST: tl.constexpr, HAS_MASKS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+):  # fmt: skip
+    """(m, z, acc, acc_tail) of the keys that `keys_of_piece` names."""
+    m, z, acc, acc_tail = no_sums(BLOCK_M, BLOCK_D, BLOCK_TAIL)
+    if begin < whole:
+        m, z, acc, acc_tail = _attend(
+            m, z, acc, acc_tail, q, q_tail, first, visible, block, slot, earliest, begin, whole,
+            k_ptr, v_ptr, mask_block_ptr, mask_slot_ptr, masks_end, stride_ks, stride_vs, scale,
+            False, False, False, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
+        )  # fmt: skip
+    if whole < end:
+        m, z, acc, acc_tail = _attend(
+            m, z, acc, acc_tail, q, q_tail, first, visible, block, slot, earliest, whole, end,
+            k_ptr + start * stride_ks, v_ptr + start * stride_vs, mask_block_ptr, mask_slot_ptr, masks_end, stride_ks, stride_vs, scale,
+            True, HAS_FIRST, HAS_MASKS, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
+        )  # fmt: skip
+    return m, z, acc, acc_tail
 
 
 @triton.jit(do_not_specialize=["T", "B", "num_masks", "block_size", "num_keys", "first_piece", *RULE_STRIDES])
@@ -262,89 +305,29 @@ def attend_kernel(
         T, num_keys, first_ptr, visible_ptr, mask_start_ptr, stride_first_t, stride_first_b, stride_visible_t, stride_visible_b,
         HAS_FIRST, HAS_MASKS, KV_HEADS, GROUPS, BLOCK_M,
     )  # fmt: skip
-    piece = first_piece + tl.program_id(2)
     least = tl.min(tl.where(inside, visible, num_keys), 0)
-
-    # Keys [begin, whole) every row may attend; [checked, end) need the rule, read from column `start`.
     earliest, latest = first_keys(first, inside, HAS_FIRST)
-    begin, whole, end = piece_of_keys(piece, earliest, latest, least, tl.max(visible, 0), PIECE, BLOCK_S, HAS_FIRST)
-    checked = whole
-    start = tl.cast(0, tl.int64)
-    block = t
-    slot = t
-    of_masks = False
-    if HAS_MASKS:
-        of_masks = piece == tl.cdiv(num_keys, PIECE)
-        if of_masks:
-            last = tl.minimum(((tile + 1) * BLOCK_M - 1) // GROUPS, T - 1)
-            checked, end = mask_key_range(tile * BLOCK_M // GROUPS, last, T, num_masks, block_size, WHOLE_BLOCKS)
-            begin = checked
-            whole = checked
-            start = tl.load(mask_start_ptr + b).to(tl.int64)
-        visible = tl.where(of_masks, end, visible)
-        if HAS_FIRST:
-            first = tl.where(of_masks, 0, first)
-            earliest = tl.where(of_masks, 0, earliest)
-        block = tl.load(block_ptr + t, mask=inside & of_masks, other=0).to(tl.int32)
-        slot = tl.load(slot_ptr + t, mask=inside & of_masks, other=0).to(tl.int32)
+    piece = first_piece + tl.program_id(2)
+    begin, whole, end, start, masks_end, first, earliest, visible, block, slot = keys_of_piece(
+        piece, piece == tl.cdiv(num_keys, PIECE), tile, b, t, first, visible, earliest, latest, least, tl.max(visible, 0),
+        block_ptr, slot_ptr, mask_start_ptr, T, num_masks, block_size, HAS_FIRST, HAS_MASKS, WHOLE_BLOCKS, GROUPS, PIECE, BLOCK_M, BLOCK_S,
+    )  # fmt: skip
     if begin >= end:
         return
 
-    k_ptr = of_head(k_ptr, b, kv_head, stride_kb, stride_kh)
-    v_ptr = of_head(v_ptr, b, kv_head, stride_vb, stride_vh)
     q, q_tail = load_queries(q_ptr, b, t, head, inside, stride_qt, stride_qb, stride_qh, D, BLOCK_D, BLOCK_TAIL)
-    m, z, acc, acc_tail = no_sums(BLOCK_M, BLOCK_D, BLOCK_TAIL)
-    if begin < whole:
-        m, z, acc, acc_tail = _attend(
-            m, z, acc, acc_tail, q, q_tail, first, visible, block, slot, earliest, begin, whole,
-            k_ptr, v_ptr, block_ptr, slot_ptr, of_masks, stride_ks, stride_vs, scale,
-            False, False, False, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
-        )  # fmt: skip
-    if checked < end:
-        m, z, acc, acc_tail = _attend(
-            m, z, acc, acc_tail, q, q_tail, first, visible, block, slot, earliest, checked, end, k_ptr + start * stride_ks, v_ptr + start * stride_vs,
-            block_ptr + (T - num_masks), slot_ptr + (T - num_masks), of_masks, stride_ks, stride_vs, scale,
-            True, HAS_FIRST, HAS_MASKS, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
-        )  # fmt: skip
-
+    m, z, acc, acc_tail = sums_of_piece(
+        begin, whole, end, start, masks_end, first, earliest, visible, block, slot, q, q_tail,
+        of_head(k_ptr, b, kv_head, stride_kb, stride_kh), of_head(v_ptr, b, kv_head, stride_vb, stride_vh),
+        block_ptr + (T - num_masks), slot_ptr + (T - num_masks), stride_ks, stride_vs, scale,
+        HAS_FIRST, HAS_MASKS, PRECISION, D, BLOCK_M, BLOCK_S, BLOCK_D, BLOCK_TAIL,
+    )  # fmt: skip
     index = ((tl.program_id(2).to(tl.int64) * T + t) * B + b) * (KV_HEADS * GROUPS) + head
     tl.store(max_ptr + index, m, mask=inside)
     tl.store(sum_ptr + index, z, mask=inside)
     store_rows(acc_ptr, index * D, acc, inside, D, BLOCK_D)
     if BLOCK_TAIL > 0:
         store_rows(acc_ptr + BLOCK_D, index * D, acc_tail, inside, D - BLOCK_D, BLOCK_TAIL)
-
-
-@triton.jit
-def _add_piece(
-    m, z, acc, acc_tail, written, q, q_tail, first, visible, block, slot, earliest, begin, whole, end, k_ptr, v_ptr, start,
-    key_block_ptr, key_slot_ptr, stride_ks, stride_vs, scale,
-    HAS_FIRST: tl.constexpr, MASKS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
-):  # fmt: skip
-    """The running sums and those of the piece [begin, end), on the rows that have it; every row may attend its keys before `whole`."""
-    m_piece, z_piece, acc_piece, tail_piece = no_sums(BLOCK_M, BLOCK_D, BLOCK_TAIL)
-    if not MASKS:
-        if begin < whole:
-            m_piece, z_piece, acc_piece, tail_piece = _attend(
-                m_piece, z_piece, acc_piece, tail_piece, q, q_tail, first, visible, block, slot, earliest, begin, whole,
-                k_ptr, v_ptr, key_block_ptr, key_slot_ptr, MASKS, stride_ks, stride_vs, scale,
-                False, False, False, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
-            )  # fmt: skip
-    if whole < end:
-        m_piece, z_piece, acc_piece, tail_piece = _attend(
-            m_piece, z_piece, acc_piece, tail_piece, q, q_tail, first, visible, block, slot, earliest, whole, end,
-            k_ptr + start * stride_ks, v_ptr + start * stride_vs, key_block_ptr, key_slot_ptr, MASKS, stride_ks, stride_vs, scale,
-            True, HAS_FIRST, MASKS, PRECISION, D, BLOCK_S, BLOCK_D, BLOCK_TAIL,
-        )  # fmt: skip
-    m_piece = tl.where(written, m_piece, float("-inf"))
-    z_piece = tl.where(written, z_piece, 0.0)
-    m_before = m
-    z_before = z
-    m, z, acc = _merge(m, z, acc, m_piece, z_piece, tl.where(written[:, None], acc_piece, 0.0))
-    if BLOCK_TAIL > 0:
-        _, _, acc_tail = _merge(m_before, z_before, acc_tail, m_piece, z_piece, tl.where(written[:, None], tail_piece, 0.0))
-    return m, z, acc, acc_tail
 
 
 @triton.jit(do_not_specialize=["T", "B", "num_masks", "block_size", "num_keys", *RULE_STRIDES])
@@ -367,36 +350,41 @@ def attend_whole_kernel(
     most = tl.max(visible, 0)
     least = tl.min(tl.where(inside, visible, num_keys), 0)
     earliest, latest = first_keys(first, inside, HAS_FIRST)
-
     k_ptr = of_head(k_ptr, b, kv_head, stride_kb, stride_kh)
     v_ptr = of_head(v_ptr, b, kv_head, stride_vb, stride_vh)
     q, q_tail = load_queries(q_ptr, b, t, head, inside, stride_qt, stride_qb, stride_qh, D, BLOCK_D, BLOCK_TAIL)
-    m, z, acc, acc_tail = no_sums(BLOCK_M, BLOCK_D, BLOCK_TAIL)
 
-    for piece in range(earliest // PIECE, tl.cdiv(most, PIECE)):
-        begin, whole, end = piece_of_keys(piece, earliest, latest, least, most, PIECE, BLOCK_S, HAS_FIRST)
-        written = inside & (piece * PIECE < visible)
+    masks_piece = tl.cdiv(most, PIECE)
+    first_piece = tl.minimum(earliest // PIECE, masks_piece)
+    last_piece = masks_piece - 1
+    if HAS_MASKS:
+        last_piece += (tl.minimum(((tile + 1) * BLOCK_M - 1) // GROUPS, T - 1) >= T - num_masks).to(tl.int32)
+    m, z, acc, acc_tail = no_sums(BLOCK_M, BLOCK_D, BLOCK_TAIL)
+    for piece in range(first_piece, last_piece + 1):
+        begin, whole, end, start, masks_end, own_first, own_earliest, own_visible, block, slot = keys_of_piece(
+            piece, piece == masks_piece, tile, b, t, first, visible, earliest, latest, least, most,
+            block_ptr, slot_ptr, mask_start_ptr, T, num_masks, block_size, HAS_FIRST, HAS_MASKS, WHOLE_BLOCKS, GROUPS, PIECE, BLOCK_M, BLOCK_S,
+        )  # fmt: skip
+        m_piece, z_piece, acc_piece, tail_piece = sums_of_piece(
+            begin, whole, end, start, masks_end, own_first, own_earliest, own_visible, block, slot, q, q_tail, k_ptr, v_ptr,
+            block_ptr + (T - num_masks), slot_ptr + (T - num_masks), stride_ks, stride_vs, scale,
+            HAS_FIRST, HAS_MASKS, PRECISION, D, BLOCK_M, BLOCK_S, BLOCK_D, BLOCK_TAIL,
+        )  # fmt: skip
+        written = piece * PIECE < visible
         if HAS_FIRST:
             written = written & (piece >= first // PIECE)
-        m, z, acc, acc_tail = _add_piece(
-            m, z, acc, acc_tail, written, q, q_tail, first, visible, t, t, earliest, begin, whole, end, k_ptr, v_ptr, tl.cast(0, tl.int64),
-            block_ptr, slot_ptr, stride_ks, stride_vs, scale, HAS_FIRST, False, PRECISION, D, BLOCK_M, BLOCK_S, BLOCK_D, BLOCK_TAIL,
-        )  # fmt: skip
-    if HAS_MASKS:
-        last = tl.minimum(((tile + 1) * BLOCK_M - 1) // GROUPS, T - 1)
-        begin, end = mask_key_range(tile * BLOCK_M // GROUPS, last, T, num_masks, block_size, WHOLE_BLOCKS)
-        if begin < end:
-            start = tl.load(mask_start_ptr + b).to(tl.int64)
-            block = tl.load(block_ptr + t, mask=inside, other=0).to(tl.int32)
-            slot = tl.load(slot_ptr + t, mask=inside, other=0).to(tl.int32)
-            m, z, acc, acc_tail = _add_piece(
-                m, z, acc, acc_tail, inside & (t >= T - num_masks), q, q_tail, first, tl.zeros_like(visible) + end, block, slot,
-                begin, begin, begin, end, k_ptr, v_ptr, start, block_ptr + (T - num_masks), slot_ptr + (T - num_masks), stride_ks, stride_vs, scale,
-                False, True, PRECISION, D, BLOCK_M, BLOCK_S, BLOCK_D, BLOCK_TAIL,
-            )  # fmt: skip
+        if HAS_MASKS:
+            written = written | (t >= tl.where(piece == masks_piece, T - num_masks, T))
+        m_piece = tl.where(written, m_piece, float("-inf"))
+        z_piece = tl.where(written, z_piece, 0.0)
+        m_before = m
+        z_before = z
+        m, z, acc = _merge(m_before, z_before, acc, m_piece, z_piece, tl.where(written[:, None], acc_piece, 0.0))
+        if BLOCK_TAIL > 0:
+            _, _, acc_tail = _merge(m_before, z_before, acc_tail, m_piece, z_piece, tl.where(written[:, None], tail_piece, 0.0))
 
-    index = (t.to(tl.int64) * B + b) * (KV_HEADS * GROUPS) + head
     z = tl.where(z == 0, 1.0, z)  # only rows without a key, which are padding
+    index = (t.to(tl.int64) * B + b) * (KV_HEADS * GROUPS) + head
     store_rows(out_ptr, index * D, acc / z[:, None], inside, D, BLOCK_D)
     if BLOCK_TAIL > 0:
         store_rows(out_ptr + BLOCK_D, index * D, acc_tail / z[:, None], inside, D - BLOCK_D, BLOCK_TAIL)
@@ -444,7 +432,7 @@ def merge_kernel(
         if HAS_FIRST:
             written = written & (piece >= first // PIECE)
         if HAS_MASKS:
-            written = written | (inside & (piece == masks_piece) & (t >= T - num_masks))
+            written = written | (inside & (t >= tl.where(piece == masks_piece, T - num_masks, T)))
         slot64 = tl.cast(piece - first_piece, tl.int64) * T * B * H
         m_piece = tl.load(max_ptr + slot64 + row64, mask=written, other=float("-inf"))
         z_piece = tl.load(sum_ptr + slot64 + row64, mask=written, other=0.0)

@@ -143,7 +143,7 @@ def rotary_write_kernel(
     tl.store(q_ptrs, y1, mask=is_q)
     tl.store(q_ptrs + HALF, y2, mask=is_q)
     column = tl.load(start_ptr + b * start_stride).to(tl.int64) + t
-    written = inside & (h >= H) & (column >= 0) & (column < S)
+    written = inside & (h >= H) & (h < tl.where((column >= 0) & (column < S), H + 2 * H_KV, 0))
     is_k = written & (h < H + H_KV)
     k_ptrs = keys_ptr + column * keys_stride_s + b * keys_stride_b + (h - H) * keys_stride_h + d
     tl.store(k_ptrs, _finite(y1), mask=is_k)
