@@ -380,11 +380,25 @@ def test_a_piece_that_a_row_does_not_see_cannot_spoil_it(whole, monkeypatch):
     assert torch.equal(fused(q, keys, values, rule)[rows], expected[rows])
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@torch.no_grad()
+def test_masks_that_see_no_tokens(whole, monkeypatch):
+    """They attend their block alone, in tiles of such rows as beside rows that see tokens."""
+    rule = packed([[140, 140]], 3, 60, part="masks")
+    visible = rule.visible.clone()
+    visible[: len(visible) * 3 // 4] = 0
+    rule = dataclasses.replace(rule, visible=visible, first=torch.where(visible == 0, 200, rule.first))
+    tensors = operands(rule, (4, 2), 16)
+    monkeypatch.setattr(_tiles, "attention_is_whole", lambda *_: whole)
+    exact, eager = (dense(*(x.to(dtype) for x in tensors), rule) for dtype in (torch.float64, F32))
+    assert_within_budget(fused(*tensors, rule), exact, eager)
+
+
 def test_programs_take_all_pieces_where_they_are_many():
     hopper, blackwell = ("cuda", 90), ("cuda", 100)
     assert not _tiles.attention_is_whole(511, 128, 2, hopper) and _tiles.attention_is_whole(512, 128, 2, hopper)
     assert not _tiles.attention_is_whole(512, 128, 2, blackwell) and _tiles.attention_is_whole(512, 64, 2, blackwell)
-    assert not _tiles.attention_is_whole(512, 64, 2, ("hip", "gfx942"))
+    assert not _tiles.attention_is_whole(512, 256, 2, hopper) and not _tiles.attention_is_whole(512, 64, 2, ("hip", "gfx942"))
 
 
 @pytest.mark.parametrize("lengths", [(128, 40), (100, 1, 50)])

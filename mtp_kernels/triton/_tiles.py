@@ -131,18 +131,19 @@ def attention_tiles(head_dim: int, itemsize: int, shared_memory: int) -> Attenti
     block_d, block_tail = attention_head_parts(head_dim, 128 if itemsize == 2 and shared_memory >= 192 * 1024 else 64)
     if itemsize == 4:  # no matrix instruction: registers are the limit
         return AttentionTiles(16, 16, block_d, block_tail, 512, 4, 2)
-    large = head_dim in (64, 128) and shared_memory >= 96 * 1024
-    stages = 2 if head_dim <= 128 or shared_memory >= 96 * 1024 else 1  # registers are the limit on gfx942
+    roomy = shared_memory >= 96 * 1024  # not gfx942, where registers are the limit too
+    large = roomy and (head_dim == 64 or block_d == 128 == head_dim)  # sm_80 keeps 64 rows of Q in registers, and 128 wide has none left for 64 keys
+    stages = (3 if head_dim == 128 and not large else 2) if roomy else 2 if head_dim <= 128 else 1
     return AttentionTiles(64, 64 if large else 32, block_d, block_tail, 512, 8 if head_dim > 128 else 4, stages)
 
 
 def attention_is_whole(programs: int, head_dim: int, itemsize: int, target: tuple[str, int | str]) -> bool:
     """Whether a program takes all pieces of its rows: if that many (tiles of rows x heads of keys) fill a chip, two rounds of two on 132 processors.
 
-    The sums of a piece and those so far need registers: on sm_100 a wide head has too few in a loop, and for AMD Triton 3.7 fails to compile it.
+    The sums of a piece and those so far need registers: a head wider than 128, on sm_100 96, has too few, and for AMD Triton 3.7 fails to compile it.
     """
     backend, arch = target
-    return programs >= 512 and backend == "cuda" and (arch < 100 or itemsize == 4 or head_dim <= 96)
+    return programs >= 512 and backend == "cuda" and head_dim <= (128 if arch < 100 or itemsize == 4 else 96)
 
 
 def attention_pieces_at_once(pieces: int, numbers: int) -> int:
