@@ -361,7 +361,7 @@ def _compile(kernel, target: str, args, options, grid) -> tuple[object, str]:
     """The compiled kernel and what ptxas said. Pointers keep the alignment that the arguments' addresses have."""
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
-        compiled = kernel.warmup(*args, grid=grid, **options)
+        compiled = kernel.warmup(*args, grid=grid, **_device.OPTIONS, **options)
     return compiled, log.getvalue()
 
 

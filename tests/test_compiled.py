@@ -124,6 +124,19 @@ def test_matrix_instructions_that_wait_are_found_out():
     assert _problems(row, "", "", None) == [] and "wait for each other" in _problems(row, "", log, None)[0]
 
 
+def test_fused_arithmetic_does_not_follow_the_environment():
+    """Nor Triton's version, whose default it is otherwise: every launch asks for it."""
+    from mtp_kernels.triton._device import launch
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append((grid, args, options))
+
+    launched = []
+    launch(Kernel(), (2,), 3, num_warps=4)
+    assert launched == [((2,), (3,), {"num_warps": 4, "enable_fp_fusion": True})]
+
+
 def test_an_interpreting_process_is_refused():
     if not triton.knobs.runtime.interpret:
         pytest.skip("this process does not interpret")

@@ -7,6 +7,7 @@ import torch
 import triton
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+OPTIONS = {"enable_fp_fusion": True}  # of every launch; the default follows an environment variable, and Triton's version
 
 
 @lru_cache(maxsize=1)
@@ -25,9 +26,9 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     for x in chain(args, options.values()):
         if isinstance(x, torch.Tensor) and x.is_cuda and x.device.index != torch.cuda.current_device():
             with torch.cuda.device(x.device):  # Triton launches on the current device, wherever the tensors are
-                kernel[grid](*args, **options)
+                kernel[grid](*args, **OPTIONS, **options)
             return
-    kernel[grid](*args, **options)
+    kernel[grid](*args, **OPTIONS, **options)
 
 
 def shared_memory() -> int:

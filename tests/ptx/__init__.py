@@ -48,11 +48,13 @@ def assert_within_budget(original, got: torch.Tensor, exact: torch.Tensor, eager
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """As `_device.launch`, on the machine."""
+    from mtp_kernels.triton._device import OPTIONS
+
     from . import machine
 
     if not min(grid):
         return
-    compiled = kernel.warmup(*args, grid=grid, **options)
+    compiled = kernel.warmup(*args, grid=grid, **OPTIONS, **options)
     names, arguments, tensors = compiled.src.fn.arg_names, [], {}
     given = dict(zip(names, args, strict=False)) | options
     for name in names:
