@@ -146,7 +146,8 @@ def _traceable():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        for kind in (DeprecationWarning, FutureWarning):  # the latter since torch 2.15
+            warnings.simplefilter("ignore", kind)
         return torch.jit.script(linear)
 
 

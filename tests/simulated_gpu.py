@@ -273,6 +273,9 @@ class Stream:
     def wait_stream(self, _) -> None:
         pass
 
+    def is_capturing(self) -> bool:
+        return _capture is not None
+
 
 @contextlib.contextmanager
 def _nothing(*_, **__) -> Iterator[None]:
@@ -326,6 +329,7 @@ def apply() -> None:
     )  # fmt: skip
     for name, value in instead.items():
         setattr(torch.cuda, name, value)
+    torch.accelerator.current_stream = torch.cuda.current_stream  # optimizers ask it where torch is built for a GPU
     torch.inference_mode = torch.autograd.grad_mode.inference_mode = _inference_mode
     torch.Tensor.to = _to(torch.Tensor.to)
     torch.Tensor.cuda = lambda self, *_, **__: self.to(CUDA)
