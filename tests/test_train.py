@@ -601,6 +601,7 @@ def test_killed_and_resumed(command_line, tmp_path, number):
     child = subprocess.Popen(
         [sys.executable, "-m", "mtp_model", *arguments, "--out", str(out)], cwd=ROOT, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # else a run behind nohup ignores it, as it should
     )  # fmt: skip
     deadline = time.monotonic() + 90
     while child.poll() is None and time.monotonic() < deadline:
