@@ -133,7 +133,7 @@ def attention_tiles(head_dim: int, itemsize: int, shared_memory: int) -> Attenti
         return AttentionTiles(16, 16, block_d, block_tail, 512, 4, 2)
     roomy = shared_memory >= 96 * 1024  # not gfx942, where registers are the limit too
     large = roomy and (head_dim == 64 or block_d == 128 == head_dim)  # sm_80 keeps 64 rows of Q in registers, and 128 wide has none left for 64 keys
-    stages = (3 if head_dim == 128 and not large else 2) if roomy else 2 if head_dim <= 128 else 1
+    stages = 1 if head_dim > 128 and not roomy else 3 if head_dim == 128 and roomy and not large else 2
     return AttentionTiles(64, 64 if large else 32, block_d, block_tail, 512, 8 if head_dim > 128 else 4, stages)
 
 
